@@ -1,0 +1,34 @@
+"""Images from disk: training batches and test sets."""
+import signal
+
+import torch
+from torch.utils.data import DataLoader
+
+from data.dataset import Batches, Crops, Images
+
+__all__ = ["Crops", "Images", "make_batches", "make_benchmarks"]
+
+
+def make_batches(args, crops, start, stop, pin_memory=False):
+    """Loader of batches start..stop-1 of the run: pairs of uint8 tensors N x 3 x p x p and N x 3 x sp x sp.
+
+    One loader serves the whole run: its workers start once and fetch ahead while the epochs are tested.
+    """
+    return DataLoader(crops, batch_sampler=Batches(start, stop, args.batch_size), num_workers=args.n_threads,
+                      pin_memory=pin_memory, worker_init_fn=_start_worker,
+                      generator=torch.Generator().manual_seed(args.seed))  # its own: the global one belongs to the loss
+
+
+def make_benchmarks(args):
+    """The test sets, an `Images` each, decoded and checked."""
+    benchmarks = [Images(name, args, train=False) for name in args.data_test]
+    for images in benchmarks:
+        images.prepare()
+    return benchmarks
+
+
+def _start_worker(worker):
+    """Ctrl-C or a job manager's SIGTERM reaches every process: only the main one answers, and then ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,122 @@
+"""Pairs of LR and HR images as uint8 arrays: random crops to train on, whole images to test on."""
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from data import degrade
+from data.cache import Cache, cache_folder
+from data.image import read_image, read_photo
+from data.source import default_cache, find
+from error import UserError
+
+
+class Images:
+    """The images of one dataset at one scale, decoded on first use (and kept on disk with --ext sep)."""
+
+    def __init__(self, name, args, train):
+        source = find(name, args, train)
+        self.name, self.pairs, self.scale = name, source.pairs, args.scale
+        keep = args.ext == "sep" and name != "Demo"
+        self.cache = Cache(cache_folder(source.folder, args.dir_cache, default_cache()) if keep else None)
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def hr(self, index):
+        """uint8 sH x sW x 3, cut to the size of LR; None for an image without a truth."""
+        pair = self.pairs[index]
+        if pair.hr is None:
+            return None
+        return degrade.crop_to_multiple(self.cache.get(pair.hr, "HR", read_photo), self.scale)
+
+    def lr(self, index):
+        """uint8 H x W x 3: the file where there is one, else made from HR by bicubic downscaling."""
+        pair = self.pairs[index]
+        if pair.hr is None:
+            return read_image(pair.lr)[0]
+        if pair.lr is None:
+            return self.cache.get(pair.hr, f"LR_made_X{self.scale}",
+                                  lambda file: degrade.downscale(read_photo(file), self.scale))
+        return self.cache.get(pair.lr, f"LR_X{self.scale}", read_photo)
+
+    def alpha(self, index):
+        """uint8 H x W of an LR image without a truth, where it has transparent parts; else None."""
+        pair = self.pairs[index]
+        return read_image(pair.lr)[1] if pair.hr is None else None
+
+    def prepare(self):
+        """Decodes what is not in the cache yet, with a bar, and checks the sizes; returns the HR sizes."""
+        sizes = []
+        for index, pair in enumerate(tqdm(self.pairs, f"reading {self.name}", unit="image", leave=False, delay=1)):
+            hr, lr = self.hr(index), self.lr(index)
+            if hr is None:
+                continue
+            if hr.shape != (lr.shape[0] * self.scale, lr.shape[1] * self.scale, 3):
+                raise UserError(f"{pair.lr}: {lr.shape[1]} x {lr.shape[0]} pixels do not match the {hr.shape[1]} x "
+                                f"{hr.shape[0]} of {pair.hr} at scale {self.scale}")
+            sizes.append(hr.shape[:2])
+        return sizes
+
+
+class Crops(Dataset):
+    """Random crops of training sets, numbered through the whole run.
+
+    Crop n is the same whatever the workers, the epochs or the interruptions: pass n // len(images) goes over all images in
+    an order of its own, and place and orientation are drawn from (seed, n).
+    """
+
+    def __init__(self, args):
+        self.sets = [Images(name, args, train=True) for name in args.data_train]
+        self.seed, self.scale, self.augment = args.seed, args.scale, not args.no_augment
+        self.patch = args.patch_size // args.scale  # LR pixels
+        self.order = None, None
+        for images in self.sets:
+            for size, pair in zip(images.prepare(), images.pairs):
+                if min(size) < args.patch_size:
+                    raise UserError(f"--patch_size {args.patch_size} (HR pixels) is larger than {pair.hr} ({size[1]} x "
+                                    f"{size[0]}): give a smaller one, or take the image out")
+        self.where = [(images, index) for images in self.sets for index in range(len(images))]
+
+    def __getitem__(self, number):
+        """-> LR 3 x p x p and HR 3 x sp x sp, uint8 tensors."""
+        images, index = self.where[self._image(number)]
+        lr, hr = images.lr(index), images.hr(index)
+        rng = np.random.default_rng([self.seed, 1, number])
+        top, left = (int(rng.integers(size - self.patch + 1)) for size in lr.shape[:2])
+        orientation = rng.integers(2, size=3) if self.augment else (0, 0, 0)
+        return tuple(to_tensor(orient(image[top * k:(top + self.patch) * k, left * k:(left + self.patch) * k], *orientation))
+                     for image, k in ((lr, 1), (hr, self.scale)))
+
+    def _image(self, number):
+        turn, place = divmod(number, len(self.where))
+        if self.order[0] != turn:
+            self.order = turn, np.random.default_rng([self.seed, 0, turn]).permutation(len(self.where))
+        return self.order[1][place]
+
+
+def orient(image, flip_horizontal, flip_vertical, transpose):
+    """A view of H x W x C, flipped and then transposed."""
+    if flip_horizontal:
+        image = image[:, ::-1]
+    if flip_vertical:
+        image = image[::-1]
+    return image.swapaxes(0, 1) if transpose else image
+
+
+def to_tensor(image):
+    """H x W x C array -> C x H x W tensor of its own memory."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+class Batches:
+    """Sampler: the numbers of the crops of batches start..stop-1 of the run."""
+
+    def __init__(self, start, stop, batch_size):
+        self.start, self.stop, self.batch_size = start, stop, batch_size
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        return iter(range(batch * self.batch_size, (batch + 1) * self.batch_size) for batch in range(self.start, self.stop))

@@ -1,0 +1,66 @@
+"""Image files as uint8 RGB arrays, whatever is in them."""
+import os
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+
+from error import UserError
+
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"))
+
+
+def list_images(folder):
+    """Sorted image files of a folder, empty where there is no such folder."""
+    folder = Path(folder)
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+
+
+def read_image(path):
+    """-> (uint8 H x W x 3 RGB, alpha uint8 H x W or None where all is opaque).
+
+    Grey becomes RGB, 16 bits become 8, palettes their colours; a photo is turned as its camera says. Raises UserError for a
+    file that is no image, is broken, or holds several images or numbers that are no pixels.
+    """
+    try:
+        image = iio.imread(path, plugin="pillow", rotate=True)
+    except Exception as error:  # every decoder has its own exceptions
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: unreadable image ({reason}); repair or remove it") from None
+    if image.ndim == 4 and image.shape[0] == 1:
+        image = image[0]
+    if image.dtype == bool:
+        image = image.astype(np.uint8) * 255
+    if image.dtype == np.uint16:
+        image = ((image.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise UserError(f"{path}: pixels of type {image.dtype}; save it with 8 or 16 bits per channel")
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] > 4:
+        raise UserError(f"{path}: holds several images (shape {image.shape}); save the one that is meant")
+    alpha = image[..., -1] if image.shape[2] in (2, 4) else None
+    if alpha is not None and (alpha == 255).all():
+        alpha = None
+    colour = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
+    return np.ascontiguousarray(colour), alpha
+
+
+def read_photo(path):
+    """uint8 H x W x 3 RGB of an image for training or scoring; raises UserError also for a transparent one."""
+    colour, alpha = read_image(path)
+    if alpha is not None:
+        raise UserError(f"{path}: has transparent parts; flatten it, a loss cannot see through it")
+    return colour
+
+
+def write_image(path, image):
+    """Writes a uint8 H x W x 3 or 4 array as PNG: whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        iio.imwrite(part, image, plugin="pillow", extension=".png", compress_level=3)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,111 @@
+"""Where the images of a dataset are: its name on the command line -> pairs of HR and LR files."""
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.image import list_images
+from error import UserError
+from option import ROOT
+
+# Colour photographs and grey textures inside the scikit-image package. Held out: a face, an object, a machine, a texture;
+# none shows what a training image shows (`motorcycle` left and right are one scene).
+SAMPLE_TRAIN = ("chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
+                "motorcycle_right.png", "brick.png", "grass.png")
+SAMPLE_TEST = ("astronaut.png", "coffee.png", "retina.jpg", "gravel.png")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image of a dataset: either of hr and lr may be None (a user's own image; an LR image still to be made)."""
+    name: str
+    hr: Path | None
+    lr: Path | None
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    folder: Path  # what the cache belongs to
+    pairs: tuple
+
+
+def find(name, args, train):
+    """The Source of that name for training or testing at --scale; raises UserError for what is missing or does not match."""
+    if name == "Sample":
+        return _sample(train)
+    if name == "Demo":
+        if train:
+            raise UserError("--data_train Demo: images to train on go to a folder DIR_DATA/NAME/HR, named --data_train NAME")
+        return _demo(Path(args.dir_demo))
+    root = Path(args.dir_data).expanduser()
+    if name == "DIV2K":
+        return _div2k(root / name, args, train)
+    candidates = [root / "benchmark" / name, root / name]
+    folder = next((folder for folder in candidates if (folder / "HR").is_dir()), None)
+    if folder is None:
+        raise _missing(name, candidates)
+    return Source(name, folder, tuple(_pairs(list_images(folder / "HR"), folder / "HR",
+                                             folder / "LR_bicubic" / f"X{args.scale}", args.scale)))
+
+
+def _missing(name, candidates):
+    looked = " and ".join(str(folder / "HR") for folder in candidates)
+    return UserError(f"no dataset {name}: looked for {looked}; fetch the published ones with scripts/download_data.sh and "
+                     "name their folder with --dir_data, or use the images at hand: --data_train Sample --data_test Sample")
+
+
+def _sample(train):
+    package = importlib.util.find_spec("skimage")
+    folder = Path(package.origin).parent / "data"
+    files = [folder / file for file in (SAMPLE_TRAIN if train else SAMPLE_TEST)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{folder}: this scikit-image comes without {', '.join(missing)}; install the version of "
+                        "requirements.txt")
+    return Source("Sample", folder, tuple(Pair(file.stem, file, None) for file in files))
+
+
+def _demo(folder):
+    images = list_images(folder)
+    if not images:
+        raise UserError(f"{folder}: no images there; name the folder of your own with --dir_demo")
+    return Source("Demo", folder, tuple(Pair(file.stem, None, file) for file in images))
+
+
+def _div2k(folder, args, train):
+    if not (folder / "DIV2K_train_HR").is_dir():
+        raise _missing("DIV2K", [folder / "DIV2K_train_HR"])
+    ranges = args.data_range.split("/")
+    chosen = ranges[0] if train else ranges[-1]
+    try:
+        first, last = (int(number) for number in chosen.split("-"))
+    except ValueError:
+        raise UserError(f"--data_range {args.data_range}: not of the form 1-800/801-810") from None
+    images = [file for file in list_images(folder / "DIV2K_train_HR")
+              if file.stem.isdigit() and first <= int(file.stem) <= last]
+    if not images:
+        raise UserError(f"{folder / 'DIV2K_train_HR'}: no images {chosen} there; choose others with --data_range")
+    return Source("DIV2K", folder, tuple(_pairs(images, folder / "DIV2K_train_HR",
+                                                folder / "DIV2K_train_LR_bicubic" / f"X{args.scale}", args.scale,
+                                                only_these=True)))
+
+
+def _pairs(images, hr_folder, lr_folder, scale, only_these=False):
+    """Each HR image with the LR image NAMExS of lr_folder, or with None where there is no such folder."""
+    if not images:
+        raise UserError(f"{hr_folder}: no images there")
+    if not lr_folder.is_dir():
+        return [Pair(image.stem, image, None) for image in images]
+    lr_images = {file.stem: file for file in list_images(lr_folder)}
+    pairs = [Pair(image.stem, image, lr_images.get(f"{image.stem}x{scale}", lr_images.get(image.stem))) for image in images]
+    without = next((pair for pair in pairs if pair.lr is None), None)
+    if without:
+        raise UserError(f"{lr_folder}: no {without.name}x{scale} for {without.hr}; complete the folder, or remove it to "
+                        "have LR images made from HR")
+    if len(lr_images) > len(images) and not only_these:
+        raise UserError(f"{lr_folder} holds {len(lr_images)} images, {hr_folder} {len(images)}: they must be the same")
+    return pairs
+
+
+def default_cache():
+    return ROOT / "experiment" / "cache"
