@@ -1,0 +1,26 @@
+"""Which processor the networks run on, in which precision."""
+import logging
+
+import torch
+
+log = logging.getLogger("sr")
+DTYPES = {"half": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_device(args):
+    """The GPU where there is one and --cpu does not forbid it, else the CPU, with a line that says so."""
+    if args.cpu:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        if args.gpu_id < torch.cuda.device_count():
+            return torch.device("cuda", args.gpu_id)
+        log.info("GPU %d is not there, this machine has %d: using GPU 0", args.gpu_id, torch.cuda.device_count())
+        return torch.device("cuda", 0)
+    log.info("no GPU on this machine: using the CPU")
+    return torch.device("cpu")
+
+
+def autocast(device, args):
+    """Context in which networks compute in --precision; their weights stay float32."""
+    dtype = DTYPES.get(args.precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)

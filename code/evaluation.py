@@ -1,0 +1,103 @@
+"""Scoring a network on test sets, and writing its images in the background."""
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import inference
+from data import degrade
+from data.image import write_image
+from device import autocast
+from metric import psnr, ssim
+
+
+@dataclass
+class Score:
+    """Means over a test set; psnr (dB) and ssim (0..1) are None where there is no truth."""
+    dataset: str
+    images: int
+    psnr: float | None
+    ssim: float | None
+    seconds: float  # per image, of the network alone
+
+
+def by_network(net, device, args):
+    """Function that upscales a uint8 H x W x 3 image with the network, as --precision, --chop and --self_ensemble say."""
+    def upscale(lr):
+        # a tiled image stays in main memory: only its tiles are on the device
+        x = torch.from_numpy(np.array(lr)).permute(2, 0, 1)[None].to("cpu" if args.chop else device).float()
+        x = x * (net.rgb_range / 255) if net.rgb_range != 255 else x
+        with autocast(device, args):
+            sr = inference.upscale(net, x, args.chop, args.self_ensemble)
+        return inference.to_image(sr, net.rgb_range)
+    return upscale
+
+
+def by_bicubic(scale):
+    return partial(degrade.upscale, scale=scale)
+
+
+def score(upscale, images, writer=None, stop=lambda: False):
+    """Applies `upscale` to each of `images` -> Score, None where stop() became true; `writer` gets each result."""
+    psnrs, ssims, seconds = [], [], 0.0
+    for index, pair in enumerate(tqdm(images.pairs, f"testing {images.name}", unit="image", leave=False)):
+        if stop():
+            return None
+        lr, hr = images.lr(index), images.hr(index)
+        start = time.perf_counter()
+        sr = upscale(lr)
+        seconds += time.perf_counter() - start
+        if hr is not None:
+            psnrs.append(psnr(sr, hr, images.scale))
+            ssims.append(ssim(sr, hr, images.scale))
+        if writer:
+            writer.write(images, index, pair.name, sr, lr, hr)
+    scored = bool(psnrs)
+    return Score(images.name, len(images), float(np.mean(psnrs)) if scored else None,
+                 float(np.mean(ssims)) if scored else None, seconds / len(images))
+
+
+class Writer:
+    """Writes test images to folder/results-DATASET/ in the background; leaving the `with` waits for the last one."""
+    LIMIT = 16  # images that may wait to be written: what bounds the memory
+
+    def __init__(self, folder, save_gt):
+        self.folder, self.save_gt = folder, save_gt
+        self.pool = ThreadPoolExecutor(max_workers=2)
+        self.waiting = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        while self.waiting:
+            self.waiting.pop(0).result()
+        self.pool.shutdown()
+
+    def write(self, images, index, name, sr, lr, hr):
+        alpha = images.alpha(index)
+        if alpha is not None:
+            sr = np.dstack([sr, degrade.upscale(alpha[..., None], images.scale)])
+        kinds = {"SR": sr, **({"LR": lr, "HR": hr} if self.save_gt and hr is not None else {})}
+        for kind, image in kinds.items():
+            path = self.folder / f"results-{images.name}" / f"{name}_x{images.scale}_{kind}.png"
+            self.waiting.append(self.pool.submit(write_image, path, np.array(image)))
+        while len(self.waiting) > self.LIMIT:
+            self.waiting.pop(0).result()
+
+
+def table(scores, best=None):
+    """Scores as lines of text; best: {dataset: (PSNR, epoch)} adds a column."""
+    header = f"{'dataset':<16}{'images':>7}{'PSNR':>9}{'SSIM':>9}{'ms/image':>10}"
+    lines = [header + (f"{'best':>9}{'epoch':>7}" if best else "")]
+    for s in scores:
+        line = f"{s.dataset:<16}{s.images:>7}" + (f"{'-':>9}{'-':>9}" if s.psnr is None else f"{s.psnr:>9.3f}{s.ssim:>9.4f}")
+        line += f"{1000 * s.seconds:>10.0f}"
+        if best and s.dataset in best:
+            line += f"{best[s.dataset][0]:>9.3f}{best[s.dataset][1]:>7}"
+        lines.append(line)
+    return "\n".join(lines)
