@@ -1,0 +1,166 @@
+"""The folder of a run, experiment/<ckp_dir>/: files that appear whole or not at all, logs, curves."""
+import csv
+import io
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from error import UserError
+from model import load_model, save_header
+from model.loading import CheckpointError
+from option import ROOT
+
+log = logging.getLogger("sr")
+OWN_FILES = "state.pt", "config.txt", "log.txt", "metrics.csv", "loss.csv", "loss_*.png", "psnr_*.png", "model/model_*.pt"
+NOT_OF_THE_RUN = "given", "resume", "reset"  # flags that say nothing about what is computed
+
+
+def write_whole(path, data):
+    """Writes bytes to path by way of a file beside it: after a crash the old file is there, or the new one."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror})") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_whole(content, path):
+    """torch.save by way of `write_whole`."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def save_model(net, path):
+    """Saves the weights with the header from which `load_model` builds the network."""
+    save_whole({**save_header(net), "params": net.state_dict()}, path)
+
+
+def start_logging(file=None):
+    """Sends the log to the terminal, past any progress bar, and to a file as well where one is given."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.addHandler(_Terminal())
+    if file:
+        log.addHandler(logging.FileHandler(file, encoding="utf-8"))
+        log.handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+
+class _Terminal(logging.Handler):
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+class Experiment:
+    """The folder of one run. `state` is what an earlier part of it saved to go on from, else None."""
+
+    def __init__(self, args):
+        self.folder = ROOT / "experiment" / Path(args.ckp_dir).expanduser()
+        self.args = args
+        old = self.folder / "state.pt"
+        if args.resume and not old.exists():
+            raise UserError(f"--resume 1: {old} is not there; start the run without it, or name its folder with --ckp_dir")
+        if old.exists() and not args.resume and not args.reset:
+            raise UserError(f"{self.folder} already holds a run: --resume 1 continues it, --reset replaces it, another "
+                            "--ckp_dir leaves it alone")
+        self.state = self._load(old) if args.resume else None
+        try:
+            (self.folder / "model").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot make the folder ({error.strerror})") from None
+        if args.reset:
+            for pattern in OWN_FILES:
+                for file in self.folder.glob(pattern):
+                    file.unlink()
+        start_logging(self.folder / "log.txt")
+        self._write_config()
+
+    def _load(self, path):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a broken file makes the reader raise
+            raise CheckpointError(f"{path}: broken ({str(error).splitlines()[0]}); --reset starts the run anew") from None
+
+    def _write_config(self):
+        config = {name: value for name, value in sorted(vars(self.args).items()) if name not in NOT_OF_THE_RUN}
+        text = "".join(f"{name}: {value}\n" for name, value in config.items())
+        path = self.folder / "config.txt"
+        if self.state and path.exists():
+            before = dict(line.split(": ", 1) for line in path.read_text(encoding="utf-8").splitlines() if ": " in line)
+            for name, value in config.items():
+                if name in before and before[name] != str(value):
+                    log.info("continues with --%s %s (was %s)", name, value, before[name])
+        write_whole(path, text.encode())
+
+    def save_state(self, state):
+        save_whole(state, self.folder / "state.pt")
+        self.state = None  # superseded; the weights need not be kept twice
+
+    def save_models(self, net, is_best, epoch):
+        names = ["model_latest.pt"] + ["model_best.pt"] * is_best + [f"model_{epoch}.pt"] * self.args.save_models
+        for name in names:
+            save_model(net, self.folder / "model" / name)
+
+    def load_best(self):
+        return load_model(self.folder / "model" / "model_best.pt")
+
+    def write_history(self, history):
+        """history: a dict an epoch -> metrics.csv, loss.csv and the curves."""
+        scores = [dict(epoch=row["epoch"], iteration=row["iteration"], dataset=name, scale=self.args.scale,
+                       psnr=f"{psnr:.4f}", ssim=f"{ssim:.5f}")
+                  for row in history for name, (psnr, ssim) in row["scores"].items()]
+        losses = [dict(epoch=row["epoch"], iteration=row["iteration"], lr=f"{row['lr']:.4g}",
+                       **{name: f"{value:.6g}" for name, value in with_total(row["loss"]).items()}) for row in history]
+        for name, rows in (("metrics.csv", scores), ("loss.csv", losses)):
+            if rows:
+                text = io.StringIO()
+                writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+                write_whole(self.folder / name, text.getvalue().encode())
+        self._plot(history)
+
+    def _plot(self, history):
+        curves = {}
+        for row in history:
+            points = {(f"loss_{name}", f"{name}, weighted"): value for name, value in with_total(row["loss"]).items()}
+            points |= {(f"psnr_{name}", f"PSNR (dB) on {name} x{self.args.scale}"): psnr
+                       for name, (psnr, _) in row["scores"].items()}
+            for curve, value in points.items():
+                curves.setdefault(curve, []).append((row["epoch"], value))
+        for (name, label), points in curves.items():
+            write_whole(self.folder / f"{name}.png", draw_curve(points, label))
+
+
+def with_total(losses):
+    return {"total": sum(losses.values()), **losses}
+
+
+def draw_curve(points, label):
+    """[(epoch, value)] -> PNG bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - takes half a second, at the end of an epoch
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*points), marker="o" if len(points) < 30 else None, markersize=3)
+    axes.set(xlabel="epoch", ylabel=label)
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

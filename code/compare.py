@@ -1,0 +1,116 @@
+"""Scores several checkpoints beside bicubic upscaling: a table, compare.csv and compare.png. Run from this folder.
+
+python compare.py --ckp_path scratch=A.pt+distilled=B.pt+teacher=RCAN --data_test Sample --ckp_dir quickstart
+"""
+import csv
+import io
+import logging
+import os
+
+import numpy as np
+
+import option
+from error import UserError, run
+
+log = logging.getLogger("sr")
+CROP = 96  # HR pixels a side
+COLUMNS = "network", "dataset", "psnr", "ssim", "parameters", "ms_per_image"
+
+
+def main():
+    args = option.parse()
+    import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
+    from checkpoint import start_logging, write_whole  # noqa: PLC0415
+    from data import make_benchmarks  # noqa: PLC0415
+    from device import pick_device  # noqa: PLC0415
+
+    start_logging()
+    nets = load(args)
+    args.scale = next(iter(nets.values())).scale
+    device = pick_device(args)
+    ways = {"bicubic": evaluation.by_bicubic(args.scale)}
+    ways |= {label: evaluation.by_network(net.to(device), device, args) for label, net in nets.items()}
+    benchmarks = make_benchmarks(args)
+    rows = []
+    for images in benchmarks:
+        for label, upscale in ways.items():
+            upscale(images.lr(0))  # the first call of a network sets it up, which its time should not show
+            score = evaluation.score(upscale, images)
+            if score.psnr is None:
+                raise UserError(f"{images.name} has no HR images: nothing to compare with")
+            parameters = sum(p.numel() for p in nets[label].parameters()) if label in nets else 0
+            rows.append((label, f"{images.name} x{args.scale}", f"{score.psnr:.3f}", f"{score.ssim:.4f}", f"{parameters}",
+                         f"{1000 * score.seconds:.1f}"))
+    for row in (COLUMNS, *rows):
+        log.info("".join(f"{cell:<{width}}" if k < 2 else f"{cell:>{width}}"
+                         for k, (cell, width) in enumerate(zip(row, (14, 16, 9, 9, 13, 15)))))
+
+    folder = option.ROOT / "experiment" / args.ckp_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows((COLUMNS, *rows))
+    write_whole(folder / "compare.csv", text.getvalue().encode())
+    write_whole(folder / "compare.png", picture(benchmarks[0], ways))
+    log.info("table and picture: %s and compare.png", os.path.relpath(folder / "compare.csv"))
+    return 0
+
+
+def load(args):
+    """{label: network} of --ckp_path LABEL=FILE+..., where FILE may also be the name of a teacher's network."""
+    from model import load_as_told, load_model  # noqa: PLC0415
+    from model.teachers import find_teacher  # noqa: PLC0415
+
+    nets = {}
+    for entry in option.parse_list(args.ckp_path) if args.ckp_path else []:
+        label, _, path = entry.rpartition("=")
+        is_file = os.sep in path or "." in path
+        net = load_as_told(path, args) if is_file else load_model(find_teacher(path, args.scale))
+        nets[label or os.path.basename(path)] = net
+    if not nets:
+        raise UserError("--ckp_path LABEL=FILE+LABEL=FILE says which checkpoints to compare")
+    scales = {label: net.scale for label, net in nets.items()}
+    if len(set(scales.values())) > 1:
+        raise UserError(f"the checkpoints are for different scales: {scales}")
+    return nets
+
+
+def picture(images, ways, most=4):
+    """PNG bytes: for each of the first images, the crop that bicubic gets most wrong, by every way, with its PSNR."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    rows = []
+    for index in range(min(most, len(images))):
+        hr, lr = images.hr(index), images.lr(index)
+        results = {label: upscale(lr) for label, upscale in ways.items()}
+        inner = hardest(hr, results["bicubic"])
+        rows.append([(images.pairs[index].name, hr[inner])] + [
+            (f"{label} {crop_psnr(sr[inner], hr[inner]):.2f} dB", sr[inner]) for label, sr in results.items()])
+    figure = Figure(figsize=(2 * len(rows[0]), 2.15 * len(rows)), dpi=110, layout="constrained")
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for axes, cells in zip(grid, rows):
+        for axis, (title, crop) in zip(axes, cells):
+            axis.imshow(crop, interpolation="nearest")
+            axis.set_title(title, fontsize=8)
+            axis.axis("off")
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def hardest(hr, sr):
+    """Slices of the CROP x CROP window, on a grid of half windows, with the largest squared error."""
+    error = ((hr.astype(float) - sr) ** 2).mean(2)
+    starts = [range(0, max(size - CROP, 0) + 1, CROP // 2) for size in error.shape]
+    top, left = max(((y, x) for y in starts[0] for x in starts[1]),
+                    key=lambda at: error[at[0]:at[0] + CROP, at[1]:at[1] + CROP].mean())
+    return np.s_[top:top + CROP, left:left + CROP]
+
+
+def crop_psnr(sr, hr):
+    from metric import psnr  # noqa: PLC0415 - brings scikit-image
+    return psnr(np.ascontiguousarray(sr), np.ascontiguousarray(hr), 0)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,50 @@
+"""Scores checkpoints on test sets, or upscales your own images (--data_test Demo). Run from this folder."""
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+
+import option
+from error import UserError, run
+
+log = logging.getLogger("sr")
+
+
+def main():
+    args = option.parse()
+    import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
+    from checkpoint import start_logging  # noqa: PLC0415
+    from data import make_benchmarks  # noqa: PLC0415
+    from device import pick_device  # noqa: PLC0415
+    from model import load_as_told  # noqa: PLC0415
+    from model.teachers import find_teacher  # noqa: PLC0415
+
+    start_logging()
+    if not args.ckp_path and args.TS == "S":
+        raise UserError("--ckp_path FILE says which checkpoint to score; --TS T scores the teacher found for --teacher")
+    path = Path(args.ckp_path or find_teacher(args.teacher[0], args.scale))
+    net = load_as_told(path, args)
+    args.scale = net.scale
+    benchmarks = make_benchmarks(args)
+    device = pick_device(args)
+    net.to(device)
+    log.info("%s: %s", path, describe(net))
+
+    folder = option.ROOT / "experiment" / (args.ckp_dir if "ckp_dir" in args.given else path.stem)
+    demo = "Demo" in args.data_test
+    upscale = evaluation.by_network(net, device, args)
+    with evaluation.Writer(folder, args.save_gt) if args.save_results or demo else nullcontext() as writer:
+        scores = [evaluation.score(upscale, images, writer if args.save_results or images.name == "Demo" else None)
+                  for images in benchmarks]
+    log.info(evaluation.table(scores))
+    if writer:
+        log.info("images are in %s", folder)
+    return 0
+
+
+def describe(net):
+    sizes = ", ".join(f"{name} {value}" for name, value in net.config.items())
+    return f"{type(net).__name__}, {sizes}, {sum(p.numel() for p in net.parameters()):,} parameters"
+
+
+if __name__ == "__main__":
+    run(main)

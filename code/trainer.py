@@ -1,0 +1,217 @@
+"""The distillation loop. Which method it runs is the loss's business: nothing here knows."""
+import logging
+import math
+import signal
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+from tqdm import tqdm
+
+import evaluation
+from data import make_batches
+from device import autocast
+from error import UserError
+from loss import Output, Step
+
+log = logging.getLogger("sr")
+
+
+class Trainer:
+    def __init__(self, args, student, teachers, loss, crops, benchmarks, experiment, device):
+        self.args, self.loss, self.experiment, self.device = args, loss.to(device), experiment, device
+        self.crops, self.benchmarks = crops, benchmarks
+        self.student = student.to(device, memory_format=torch.channels_last)
+        self.teachers = [net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False) for net in teachers]
+        self.optimizer = make_optimizer(args, [*student.parameters(), *loss.parameters()])
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "half")
+        self.iteration, self.iterations = 0, args.epochs * args.test_every
+        self.history = []  # a dict an epoch: what the CSV files and curves show
+        self.sums = torch.zeros(len(loss.names), dtype=torch.float64, device=device)  # of the terms, in this epoch
+        if experiment.state:
+            self.load_state(experiment.state)
+
+    def fit(self):
+        """Trains until --epochs are done and tested; returns the process's exit status."""
+        args = self.args
+        with Interruption() as self.interruption:
+            batches = iter(make_batches(args, self.crops, self.iteration, self.iterations, self.device.type == "cuda"))
+            while len(self.history) < args.epochs and not self.interruption.status:
+                if self.train_epoch(batches):
+                    self.test_epoch()
+            if self.interruption.status:
+                self.save_state()
+                log.info("stopped at iteration %d; the same command with --resume 1 goes on from there", self.iteration)
+        return self.interruption.status
+
+    def train_epoch(self, batches):
+        """Trains to the end of the epoch, of which a part may be done; False where that was interrupted."""
+        args, start, end = self.args, self.iteration, (len(self.history) + 1) * self.args.test_every
+        self.student.train()
+        began = saved = time.monotonic()
+        waited, printed = 0.0, start
+        with bar(f"epoch {len(self.history) + 1}/{args.epochs}", end - args.test_every, start, end) as progress:
+            while self.iteration < end:
+                asked = time.monotonic()
+                lr, hr = next(batches)
+                waited += time.monotonic() - asked
+                values = self.step(lr, hr)
+                self.sums += values
+                self.iteration += 1
+                if self.iteration % args.print_every == 0 or self.iteration == end:
+                    self.check()
+                    now = time.monotonic()
+                    log.info("[%d/%d] %s  %.2f it/s, waiting for data %.1f %%", self.iteration, self.iterations,
+                             self.describe(self.sums / (self.iteration - end + args.test_every)),
+                             (self.iteration - printed) / (now - began), 100 * waited / (now - began))
+                    progress.set_postfix_str(self.describe(values), refresh=False)
+                    began, waited, printed = now, 0.0, self.iteration
+                elif self.device.type == "cpu":  # on a GPU to look at every value would stop it at every iteration
+                    self.check()
+                progress.update()
+                if self.interruption.status:
+                    return False
+                if time.monotonic() - saved >= args.save_every:
+                    self.save_state()
+                    saved = time.monotonic()
+        self.save_state()
+        return True
+
+    def step(self, lr, hr):
+        """One update of the student from a batch of uint8 pairs -> the weighted values of the loss's terms."""
+        lr, hr = self.to_input(lr), self.to_input(hr)
+        features = "features" in self.loss.needs
+        student = self.run(self.student, lr, features)
+        teacher = None
+        if self.teachers:
+            with torch.no_grad():
+                teacher = self.run(self.draw_teacher(), lr, features)
+        step = Step(lr, hr, student, teacher, iteration=self.iteration)
+        total, values = self.loss(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.args, self.iteration)
+        if self.args.gclip:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.args.gclip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.loss.update(step)
+        return values
+
+    def run(self, net, lr, features):
+        with autocast(self.device, self.args):
+            out = net(lr, features=features)
+        return Output(*out) if features else Output(out)
+
+    def draw_teacher(self):
+        return self.teachers[int(torch.randint(len(self.teachers), ()))] if len(self.teachers) > 1 else self.teachers[0]
+
+    def to_input(self, x):
+        x = x.to(self.device, non_blocking=True).to(memory_format=torch.channels_last).float()
+        return x * (self.args.rgb_range / 255) if self.args.rgb_range != 255 else x
+
+    def check(self):
+        """Ends the run where a term has become NaN or infinite: sums stay so, whenever in the epoch it was."""
+        if not torch.isfinite(self.sums).all():
+            raise UserError(f"the loss is not finite at iteration {self.iteration}: {self.describe(self.sums)}; what was "
+                            f"saved before is in {self.experiment.folder}; try a lower --lr, --gclip, or --precision single")
+
+    def describe(self, values):
+        values = values.tolist()
+        return f"loss {sum(values):.4f}" + "".join(f" {name} {value:.4f}" for name, value in zip(self.loss.names, values))
+
+    def test_epoch(self):
+        """Scores the student, keeps the epoch's record, and saves it all."""
+        self.student.eval()
+        upscale = evaluation.by_network(self.student, self.device, self.args)
+        folder = self.experiment.folder
+        with evaluation.Writer(folder, self.args.save_gt) if self.args.save_results else nullcontext() as writer:
+            scores = [evaluation.score(upscale, images, writer, stop=lambda: self.interruption.status)
+                      for images in self.benchmarks]
+        if None in scores:
+            return
+        epoch = len(self.history) + 1
+        self.history.append(dict(
+            epoch=epoch, iteration=self.iteration, lr=learning_rate(self.args, self.iteration - 1),
+            loss=dict(zip(self.loss.names, (self.sums / self.args.test_every).tolist())),
+            scores={s.dataset: (s.psnr, s.ssim) for s in scores if s.psnr is not None}))
+        self.sums.zero_()
+        best = {name: max((row["scores"][name][0], -row["epoch"]) for row in self.history if name in row["scores"])
+                for name in self.history[-1]["scores"]}
+        best = {name: (psnr, -of_epoch) for name, (psnr, of_epoch) in best.items()}
+        log.info("epoch %d\n%s", epoch, evaluation.table(scores, best))
+        # best by the first test set, as in EDSR; without a truth the latest is the best there is
+        self.experiment.save_models(self.student, not best or next(iter(best.values()))[1] == epoch, epoch)
+        self.experiment.write_history(self.history)
+        self.save_state()
+
+    def save_state(self):
+        self.check()
+        self.experiment.save_state(dict(
+            iteration=self.iteration, history=self.history, sums=self.sums, student=self.student.state_dict(),
+            loss=self.loss.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+            random=torch.get_rng_state(),
+            random_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None))
+
+    def load_state(self, state):
+        try:
+            self.student.load_state_dict(state["student"])
+            self.loss.load_state_dict(state["loss"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.sums.copy_(state["sums"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"--resume 1: the run in {self.experiment.folder} has another network, optimiser or loss "
+                            f"({reason}...); resume it with its own flags, see config.txt") from None
+        self.iteration, self.history = state["iteration"], state["history"]
+        done, every = len(self.history), self.args.test_every
+        if self.iteration > self.iterations or not done * every <= self.iteration <= (done + 1) * every:
+            raise UserError(f"--resume 1: the run is at iteration {self.iteration} after {done} epochs, which does not fit "
+                            f"--test_every {every} and --epochs {self.args.epochs}")
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+
+
+def make_optimizer(args, parameters):
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    shared = dict(lr=args.lr, weight_decay=args.weight_decay)
+    if args.optimizer == "ADAM":
+        return torch.optim.Adam(parameters, betas=args.betas, eps=args.epsilon, fused=True, **shared)
+    if args.optimizer == "SGD":
+        return torch.optim.SGD(parameters, momentum=args.momentum, fused=True, **shared)
+    return torch.optim.RMSprop(parameters, momentum=args.momentum, eps=args.epsilon, **shared)
+
+
+def learning_rate(args, iteration):
+    """The rate of one iteration, of 0 .. epochs x test_every - 1: a function of its number, so no resumed run is off."""
+    if args.decay == "cosine":
+        return args.lr * 0.5 * (1 + math.cos(math.pi * iteration / (args.epochs * args.test_every)))
+    return args.lr * args.gamma ** sum(iteration // args.test_every >= epoch for epoch in args.decay)
+
+
+def bar(description, first, start, stop):
+    """Progress over iterations first..stop of which those before start are done; rarely redrawn where nobody watches."""
+    return tqdm(desc=description, total=stop - first, initial=start - first, unit="it", dynamic_ncols=True, leave=False,
+                mininterval=0.5 if sys.stderr.isatty() else 30, smoothing=0.05)
+
+
+class Interruption:
+    """While in it, Ctrl-C and SIGTERM only set `status` (130, 143), for the loop to end in order; a second one ends it."""
+
+    def __enter__(self):
+        self.status = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.status = 128 + number
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
