@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The main job in a few minutes: distils a small RCAN from the teacher in teacher_checkpoint/, on photos that ship with
+# scikit-image, beside the same student trained without a teacher, and compares them on photos that neither has seen.
+source "$(dirname "$0")/env.sh"
+
+# Both students: the same size, iterations, seed, first weights, and order of crops.
+common=(--scale 2 --model RCAN --n_resgroups 2 --n_resblocks 2 --n_feats 24 --reduction 6
+    --data_train Sample --data_test Sample --patch_size 64 --batch_size 8 --epochs 4 --test_every 250
+    --lr 1e-3 --decay cosine --n_threads 1 --seed 1 --reset "$@")
+
+echo "== student from scratch"
+python train.py "${common[@]}" --alpha 0 --feature_loss_used 0 --ckp_dir quickstart/scratch
+echo "== student distilled from the teacher (FAKD)"
+python train.py "${common[@]}" --teacher RCAN --alpha 0.5 --feature_distilation_type 10*SA --features [1,2,3] \
+    --ckp_dir quickstart/distilled
+
+experiments=../experiment/quickstart
+echo "== held-out photos"
+python compare.py --scale 2 --data_test Sample --ckp_dir quickstart --ckp_path \
+    "scratch=$experiments/scratch/model/model_latest.pt+distilled=$experiments/distilled/model/model_latest.pt+teacher=RCAN"
