@@ -23,7 +23,7 @@ if ! { cat requirements*.txt | cmp -s - "$installed" && .venv/bin/python -c "" 2
         echo "error: pip could not install $requirements, see above" >&2
         exit 2
     fi
-    cat requirements*.txt > "$installed"
+    cat requirements*.txt | tee "$installed" > .venv/installed-requirements.txt
 fi
 PATH=$PWD/.venv/bin:$PATH
 cd code

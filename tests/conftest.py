@@ -49,3 +49,34 @@ def shared():
     if not os.environ.get("SR_SHARED"):
         pytest.skip("SR_SHARED is not set: no real images and weights here")
     return Path(os.environ["SR_SHARED"])
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A data root with `tiny/HR`: four small images of smooth shapes with edges."""
+    import imageio.v3 as iio  # noqa: PLC0415
+    root = tmp_path_factory.mktemp("data")
+    (root / "tiny" / "HR").mkdir(parents=True)
+    y, x = np.mgrid[:56, :64]
+    for index in range(4):
+        waves = [np.sin(x / (3 + index) + k) + np.cos(y / (4 + k)) + (x + y > 50 + 5 * index) for k in range(3)]
+        image = np.clip(np.stack(waves, 2) * 50 + 100, 0, 255).astype(np.uint8)
+        iio.imwrite(root / "tiny" / "HR" / f"{index}.png", image)
+    return root
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """run_main('train', '--flag value ...') -> (exit status, its lines on stdout, on stderr), in this process."""
+    import importlib  # noqa: PLC0415
+
+    import error  # noqa: PLC0415
+
+    def run(script, line):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *line.split()])
+        module = importlib.import_module(script if script != "test" else "test")
+        with pytest.raises(SystemExit) as ended:
+            error.run(module.main)
+        out, err = capsys.readouterr()
+        return ended.value.code, out.splitlines(), [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
+    return run

@@ -5,6 +5,7 @@ The name of an entry holds the size and time of its source: a changed source has
 import hashlib
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ class Cache:
         entry = self.entry(source, kind)
         try:
             return np.load(entry, mmap_mode="r")
-        except (OSError, ValueError):  # not there yet, or not whole: made by a run that a full disk ended
+        except (OSError, ValueError, EOFError):  # not there yet, or not whole: made by a run that a full disk ended
             pass
         array = decode(source)
         part = entry.with_name(f".{entry.name}.{os.getpid()}.part")
@@ -37,7 +38,8 @@ class Cache:
                 np.save(file, array)
             os.replace(part, entry)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
             raise UserError(f"{entry}: cannot write the cache ({error.strerror}); give another --dir_cache, or --ext img "
                             "to do without") from None
         return np.load(entry, mmap_mode="r")

@@ -36,9 +36,14 @@ class Images:
         if pair.hr is None:
             return read_image(pair.lr)[0]
         if pair.lr is None:
-            return self.cache.get(pair.hr, f"LR_made_X{self.scale}",
-                                  lambda file: degrade.downscale(read_photo(file), self.scale))
+            return self.cache.get(pair.hr, f"LR_made_X{self.scale}", self._make_lr)
         return self.cache.get(pair.lr, f"LR_X{self.scale}", read_photo)
+
+    def _make_lr(self, file):
+        try:
+            return degrade.downscale(read_photo(file), self.scale)
+        except ValueError as error:
+            raise UserError(f"{file}: {error}") from None
 
     def alpha(self, index):
         """uint8 H x W of an LR image without a truth, where it has transparent parts; else None."""

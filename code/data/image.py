@@ -8,6 +8,7 @@ import numpy as np
 from error import UserError
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"))
+PREVIEWED = frozenset((".jpg", ".jpeg"))  # cameras put smaller copies behind the photo
 
 
 def list_images(folder):
@@ -19,16 +20,18 @@ def list_images(folder):
 def read_image(path):
     """-> (uint8 H x W x 3 RGB, alpha uint8 H x W or None where all is opaque).
 
-    Grey becomes RGB, 16 bits become 8, palettes their colours; a photo is turned as its camera says. Raises UserError for a
-    file that is no image, is broken, or holds several images or numbers that are no pixels.
+    Grey and CMYK become RGB, 16 bits become 8, palettes their colours; a photo is turned as its camera says. Raises
+    UserError for a file that is no image, is broken, or holds several images or numbers that are no pixels.
     """
     try:
-        image = iio.imread(path, plugin="pillow", rotate=True)
+        with iio.imopen(path, "r", plugin="pillow") as file:
+            number = file.properties(index=...).n_images
+            image = file.read(index=0, mode=_mode(file.metadata(index=0)), rotate=True)
     except Exception as error:  # every decoder has its own exceptions
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: unreadable image ({reason}); repair or remove it") from None
-    if image.ndim == 4 and image.shape[0] == 1:
-        image = image[0]
+    if number > 1 and Path(path).suffix.lower() not in PREVIEWED:
+        raise UserError(f"{path}: holds several images ({number}); save the one that is meant")
     if image.dtype == bool:
         image = image.astype(np.uint8) * 255
     if image.dtype == np.uint16:
@@ -37,13 +40,18 @@ def read_image(path):
         raise UserError(f"{path}: pixels of type {image.dtype}; save it with 8 or 16 bits per channel")
     if image.ndim == 2:
         image = image[..., None]
-    if image.ndim != 3 or image.shape[2] > 4:
-        raise UserError(f"{path}: holds several images (shape {image.shape}); save the one that is meant")
     alpha = image[..., -1] if image.shape[2] in (2, 4) else None
     if alpha is not None and (alpha == 255).all():
         alpha = None
     colour = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
     return np.ascontiguousarray(colour), alpha
+
+
+def _mode(about):
+    """Pillow's mode to convert to, None where the pixels can stay as they are."""
+    if "transparency" in about and about["mode"] in ("1", "L", "P", "RGB"):  # a colour stands for it
+        return "RGBA"
+    return "RGB" if about["mode"] in ("CMYK", "YCbCr", "LAB", "HSV") else None
 
 
 def read_photo(path):

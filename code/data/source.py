@@ -43,13 +43,13 @@ def find(name, args, train):
     candidates = [root / "benchmark" / name, root / name]
     folder = next((folder for folder in candidates if (folder / "HR").is_dir()), None)
     if folder is None:
-        raise _missing(name, candidates)
+        raise _missing(name, [folder / "HR" for folder in candidates])
     return Source(name, folder, tuple(_pairs(list_images(folder / "HR"), folder / "HR",
                                              folder / "LR_bicubic" / f"X{args.scale}", args.scale)))
 
 
-def _missing(name, candidates):
-    looked = " and ".join(str(folder / "HR") for folder in candidates)
+def _missing(name, folders):
+    looked = " and ".join(map(str, folders))
     return UserError(f"no dataset {name}: looked for {looked}; fetch the published ones with scripts/download_data.sh and "
                      "name their folder with --dir_data, or use the images at hand: --data_train Sample --data_test Sample")
 

@@ -1,0 +1,108 @@
+"""The flags: published command lines, presets, the loss string, and what a mistake gets."""
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import option
+
+PUBLISHED_TRAINING = (
+    "--ckp_dir overall_distilation/rcan/SA_x4/ --scale 4 --teacher [RCAN] --model RCAN --alpha 0.5 --feature_loss_used 1 "
+    "--feature_distilation_type 10*SA --features [1,2,3] --epochs 200 --save_results --chop --patch_size 192")
+PUBLISHED_TESTING = "--ckp_path x.pt --TS S --scale 4 --model RCAN --n_resgroups 10 --n_resblocks 6"
+
+
+def parse(line=""):
+    return option.parse(line.split())
+
+
+def test_the_published_training_command_says_what_it_says():
+    args = parse(PUBLISHED_TRAINING)
+    assert (args.scale, args.teacher, args.model, args.epochs, args.patch_size) == (4, ["RCAN"], "RCAN", 200, 192)
+    assert args.loss == "0.5*DS+0.5*TS+10*SA" and args.features == [1, 2, 3]
+    assert args.chop and args.save_results
+
+
+def test_the_published_testing_command_is_accepted():
+    args = parse(PUBLISHED_TESTING)
+    assert args.ckp_path == "x.pt" and args.n_resblocks == 6 and {"scale", "n_resgroups"} <= args.given
+
+
+@pytest.mark.parametrize("line, loss", [
+    ("--alpha 0 --feature_loss_used 0", "1*DS"),
+    ("--alpha 1 --feature_loss_used 0", "1*TS"),
+    ("--alpha 0.25 --feature_distillation_type 10*SA+1*CA", "0.75*DS+0.25*TS+10*SA+1*CA"),
+    ("--loss 1*DS+0.1*DCR", "1*DS+0.1*DCR"),
+])
+def test_published_flags_become_the_loss_string(line, loss):
+    assert parse(line).loss == loss
+
+
+def test_a_loss_string_is_read_term_by_term():
+    assert option.parse_loss("0.5*DS+1e-3*GAN+1e+2*SA+TS") == [(0.5, "DS"), (1e-3, "GAN"), (100, "SA"), (1, "TS")]
+
+
+def test_explicit_flags_win_over_a_preset_and_later_presets_over_earlier_ones():
+    args = parse("--template FAKD+EDSR --lr 3e-4")
+    assert (args.lr, args.n_resblocks, args.features, args.decay) == (3e-4, 32, [1, 2, 3], [150, 300, 450, 600])
+
+
+def test_a_flag_equal_to_its_default_still_wins_over_a_preset():
+    assert parse("--template EDSR --model RCAN").model == "RCAN"
+
+
+def test_the_teacher_is_the_students_network_unless_named():
+    assert parse("--model EDSR").teacher == ["EDSR"]
+    assert parse("--teacher [RCAN,SAN]").teacher == ["RCAN", "SAN"]
+    assert parse("--teacher a/b.pt+c.pth").teacher == ["a/b.pt", "c.pth"]
+
+
+def test_a_plus_in_the_name_of_an_existing_file_separates_nothing(tmp_path):
+    file = tmp_path / "a+b.pt"
+    file.touch()
+    assert parse(f"--teacher {file}").teacher == [str(file)]
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--features [1,4]", "0 to 3"),
+    ("--features __import__('os')", "list such as"),
+    ("--features [1,1]", "at most once"),
+    ("--loss 0.5*DS+", "WEIGHT*TERM"),
+    ("--loss 1*DS+2*DS", "twice"),
+    ("--loss 1*DS --alpha 0.3", "--alpha"),
+    ("--alpha 1.5", "0..1"),
+    ("--template FAKE", "FAKD"),
+    ("--patch_size 97 --scale 2", "multiple"),
+    ("--scale 5", "invalid choice"),
+    ("--decay 200-100", "rising"),
+    ("--betas 0.9", "pair"),
+    ("--betas 0.9,1.5", "0..1"),
+    ("--epochs 0", "1 or more"),
+    ("--lr nan", "above 0"),
+    ("--resume 1 --reset", "--reset"),
+    ("--save_gt", "--save_results"),
+    ("--no_such_flag", "--no_such_flag"),
+    ("--feat [1]", "--feat"),
+])
+def test_a_mistake_gets_one_line_and_status_2(line, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(line)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_help_needs_no_torch():
+    check = "import sys, option; option.make_parser().format_help(); sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT / "code", check=False).returncode == 0
+
+
+def test_every_flag_has_help_and_is_used():
+    files = [file for file in (ROOT / "code").rglob("*.py") if file.name not in ("option.py", "template.py")]
+    code = "".join(file.read_text() for file in files)
+    for action in option.make_parser()._actions:
+        assert action.help, action.dest
+        used = (f"args.{action.dest}", f'"{action.dest}"', f"{action.dest}=", f"{action.dest},", f"{action.dest})")
+        in_option = action.dest in ("template", "alpha", "feature_loss_used", "feature_distilation_type", "help")
+        assert in_option or any(use in code for use in used), f"--{action.dest} has no effect"
