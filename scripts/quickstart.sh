@@ -9,12 +9,12 @@ common=(--scale 2 --model RCAN --n_resgroups 2 --n_resblocks 2 --n_feats 24 --re
     --lr 1e-3 --decay cosine --n_threads 1 --seed 1 --reset "$@")
 
 echo "== student from scratch"
-python train.py "${common[@]}" --alpha 0 --feature_loss_used 0 --ckp_dir quickstart/scratch
+python "$code/train.py" "${common[@]}" --alpha 0 --feature_loss_used 0 --ckp_dir quickstart/scratch
 echo "== student distilled from the teacher (FAKD)"
-python train.py "${common[@]}" --teacher RCAN --alpha 0.5 --feature_distilation_type 10*SA --features [1,2,3] \
+python "$code/train.py" "${common[@]}" --teacher RCAN --alpha 0.5 --feature_distilation_type 10*SA --features [1,2,3] \
     --ckp_dir quickstart/distilled
 
-experiments=../experiment/quickstart
+experiments=$code/../experiment/quickstart
 echo "== held-out photos"
-python compare.py --scale 2 --data_test Sample --ckp_dir quickstart --ckp_path \
+python "$code/compare.py" --scale 2 --data_test Sample --ckp_dir quickstart --ckp_path \
     "scratch=$experiments/scratch/model/model_latest.pt+distilled=$experiments/distilled/model/model_latest.pt+teacher=RCAN"

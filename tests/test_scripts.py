@@ -17,7 +17,6 @@ def checkout(tmp_path_factory):
     """A checkout whose .venv looks installed and whose python prints what it is called with, an argument a line."""
     root = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "scripts", root / "scripts")
-    (root / "code").mkdir()
     (root / ".venv" / "bin").mkdir(parents=True)
     requirements = b"".join(file.read_bytes() for file in sorted(ROOT.glob("requirements*.txt")))
     for file in ROOT.glob("requirements*.txt"):
@@ -35,7 +34,7 @@ def test_a_training_script_passes_valid_flags_and_the_users_own(checkout, script
                          capture_output=True, text=True, check=True, cwd="/", env={**os.environ, "LC_ALL": "C"})
     entry, *argv = ran.stdout.splitlines()
     args = option.parse(argv)
-    assert entry == "train.py" and args.data_train == ["Sample"] and args.epochs == 3
+    assert entry == str(checkout / "code" / "train.py") and args.data_train == ["Sample"] and args.epochs == 3
     assert loss.parse(args.loss)
     scale = int(script.stem.rpartition("_x")[2])
     assert args.scale == scale and args.patch_size == 48 * scale

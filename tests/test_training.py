@@ -286,3 +286,13 @@ def test_a_mistake_on_the_real_command_line_shows_no_traceback():
     ran = subprocess.run([sys.executable, "test.py", "--ckp_path", "missing.pt"], cwd=ROOT / "code", capture_output=True,
                          text=True, check=False)
     assert ran.returncode == 2 and ran.stderr == "error: missing.pt: no such checkpoint file\n" and not ran.stdout
+
+
+def test_a_student_may_start_from_a_checkpoint_of_another_scale(run_main, flags, tmp_path):
+    save_model(RCAN(4, **SIZES), tmp_path / "x4.pt")
+    flags += f"--pre_train {tmp_path / 'x4.pt'} --loss 1*DS --lr 1e-30 --epochs 1 --test_every 1"
+    status, _, _ = run_main("train", flags)
+    before, after = (torch.load(path, weights_only=True)["params"]
+                     for path in (tmp_path / "x4.pt", tmp_path / "run" / "model" / "model_latest.pt"))
+    assert status == 0 and "tail.0.2.weight" not in after
+    assert all(torch.allclose(before[name], value) for name, value in after.items() if not name.startswith("tail."))

@@ -55,9 +55,10 @@ def load_model(path, **override):
     raise CheckpointError(f"{path}: not a checkpoint of {', '.join(NETWORKS)} in a known layout; it begins with {keys}")
 
 
-def load_as_told(path, args):
+def load_as_told(path, args, any_scale=False):
     """`load_model`, taking the flags that were given explicitly for claims about the file: a wrong one is an error."""
     sizes = {key for network, _ in NETWORKS.values() for key in inspect.signature(network).parameters}
+    sizes -= {"scale"} if any_scale else set()
     net = load_model(path, **{key: getattr(args, key) for key in args.given & sizes})
     name = save_header(net)["network"]
     if "model" in args.given and args.model != name:
@@ -67,8 +68,21 @@ def load_as_told(path, args):
 
 
 def make_student(args):
-    """The student that the flags ask for: new, or with the weights of --pre_train."""
-    return load_as_told(args.pre_train, args) if args.pre_train else make_model(args.model, args)
+    """The student that the flags ask for: new, or with the weights of --pre_train.
+
+    From a file of another scale all but the upsampling is taken, as EDSR's authors did: its x4 started from x2.
+    """
+    if not args.pre_train:
+        return make_model(args.model, args)
+    start = load_as_told(args.pre_train, args, any_scale=True)
+    if start.scale == args.scale:
+        return start
+    student = type(start)(**{**start.config, "scale": args.scale})
+    student.rgb_range = args.rgb_range
+    state, wanted = start.state_dict(), student.state_dict()
+    student.load_state_dict({name: state[name] if name in state and state[name].shape == value.shape else value
+                             for name, value in wanted.items()})
+    return student
 
 
 def make_teachers(args):

@@ -23,8 +23,9 @@ def read_checkpoint(path):
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path}: not a checkpoint that is safe to read: it is no PyTorch file, or holds code beside "
                               "weights") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: broken file ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # whatever a broken file makes the reader raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: broken file ({reason})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not the weights of a network")
     header = {key: content[key] for key in ("network", "config") if key in content}
@@ -32,10 +33,11 @@ def read_checkpoint(path):
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    state = {name.removeprefix("module."): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    state = {name.removeprefix("module."): value for name, value in content.items()
+             if isinstance(name, str) and isinstance(value, torch.Tensor)}
     if not state:
         raise CheckpointError(f"{path}: holds no weights (its keys: {', '.join(map(str, list(content)[:4]))})")
     broken = next((name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()), None)
     if broken:
         raise CheckpointError(f"{path}: {broken} holds NaN or infinite numbers")
-    return (header if len(header) == 2 else None), state
+    return (header if isinstance(header.get("config"), dict) and "network" in header else None), state
