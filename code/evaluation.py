@@ -12,6 +12,7 @@ import inference
 from data import degrade
 from data.image import write_image
 from device import autocast
+from error import UserError
 from metric import psnr, ssim
 
 
@@ -52,8 +53,11 @@ def score(upscale, images, writer=None, stop=lambda: False):
         sr = upscale(lr)
         seconds += time.perf_counter() - start
         if hr is not None:
-            psnrs.append(psnr(sr, hr, images.scale))
-            ssims.append(ssim(sr, hr, images.scale))
+            try:
+                psnrs.append(psnr(sr, hr, images.scale))
+                ssims.append(ssim(sr, hr, images.scale))
+            except ValueError as error:
+                raise UserError(f"{pair.hr}: {error}") from None
         if writer:
             writer.write(images, index, pair.name, sr, lr, hr)
     scored = bool(psnrs)

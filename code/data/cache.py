@@ -44,9 +44,6 @@ class Cache:
                             "to do without") from None
         return np.load(entry, mmap_mode="r")
 
-    def has(self, source, kind):
-        return self.folder is None or self.entry(source, kind).exists()
-
     def entry(self, source, kind):
         status = source.stat()
         return self.folder / kind / f"{source.name}.{status.st_size}-{status.st_mtime_ns}.npy"

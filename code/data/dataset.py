@@ -18,7 +18,8 @@ class Images:
         source = find(name, args, train)
         self.name, self.pairs, self.scale = name, source.pairs, args.scale
         keep = args.ext == "sep" and name != "Demo"
-        self.cache = Cache(cache_folder(source.folder, args.dir_cache, default_cache()) if keep else None)
+        dir_cache = args.dir_cache or (default_cache() if name == "Sample" else "")  # a package's folder is no place for it
+        self.cache = Cache(cache_folder(source.folder, dir_cache, default_cache()) if keep else None)
 
     def __len__(self):
         return len(self.pairs)

@@ -19,7 +19,9 @@ def read_checkpoint(path):
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path}: not a checkpoint that is safe to read: it is no PyTorch file, or holds code beside "
                               "weights") from None
@@ -41,3 +43,11 @@ def read_checkpoint(path):
     if broken:
         raise CheckpointError(f"{path}: {broken} holds NaN or infinite numbers")
     return (header if isinstance(header.get("config"), dict) and "network" in header else None), state
+
+
+def read_safetensors(path):
+    try:
+        from safetensors.torch import load_file  # noqa: PLC0415 - optional
+    except ImportError:
+        raise CheckpointError(f"{path}: to read it needs the package safetensors: pip install safetensors") from None
+    return load_file(path)
