@@ -8,6 +8,8 @@ from pathlib import Path
 from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
+NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "SAN", "SwinIR"
+RDN_NAMES = {"20,6,32": "A", "16,8,64": "B"}
 PUBLISHED_LOSS_FLAGS = ("alpha", "feature_loss_used", "feature_distilation_type")
 
 
@@ -48,15 +50,37 @@ def make_parser():
 
     group = parser.add_argument_group("networks (sizes left out: the file's, or those of the published student)")
     group.add_argument("--template", default="", help="presets, A+B, that explicit flags override: " + ", ".join(TEMPLATES))
-    group.add_argument("--model", default="RCAN", help="the student: EDSR, RCAN")
+    group.add_argument("--model", default="RCAN", help="the student: " + ", ".join(NETWORKS))
     group.add_argument("--teacher", type=parse_list, default=None,
                        help="[A,B]: names of networks found in teacher_checkpoint/, or checkpoint files; of several, one "
                             "drawn per batch (default: the student's network)")
-    group.add_argument("--n_resgroups", type=positive, help="residual groups of RCAN")
-    group.add_argument("--n_resblocks", type=positive, help="residual blocks (of each group, in RCAN)")
-    group.add_argument("--n_feats", type=positive, help="channels")
-    group.add_argument("--reduction", type=positive, help="channels per squeezed channel in channel attention")
+    group.add_argument("--n_resgroups", type=positive, help="residual groups of RCAN and SAN")
+    group.add_argument("--n_resblocks", type=positive, help="residual blocks of EDSR, and of each group of RCAN and SAN")
+    group.add_argument("--n_feats", type=positive, help="channels, of all but RDN (SwinIR's embed_dim)")
+    group.add_argument("--reduction", type=positive, help="channels per squeezed channel in attention of RCAN and SAN")
     group.add_argument("--res_scale", type=float, help="factor of EDSR's residual branches")
+    group.add_argument("--n_inner", type=positive, help="channels of SAN's non-local block")
+    group.add_argument("--n_modules", type=positive, help="distillation modules of IMDN")
+    group.add_argument("--G0", type=positive, help="channels of RDN")
+    group.add_argument("--RDNkSize", type=positive, help="kernel of RDN's convolutions outside of its blocks")
+    group.add_argument("--RDNconfig", type=parse_rdn_config,
+                       help="A or B of RDN's paper, or D,C,G: D blocks of C convolutions that add G channels each")
+    group.add_argument("--group", type=positive, help="groups of CARN's convolutions; CARN_M has 4")
+    group.add_argument("--multi_scale", type=parse_numbers,
+                       help="scales that CARN has a tail for, such as 2+3+4; --scale is the one in use")
+    group.add_argument("--depths", type=parse_numbers, help="blocks of each of SwinIR's groups, such as [6,6,6,6]")
+    group.add_argument("--num_heads", type=parse_numbers, help="attention heads in each of SwinIR's groups, as many")
+    group.add_argument("--window_size", type=positive, help="side of SwinIR's windows, in LR pixels")
+    group.add_argument("--mlp_ratio", type=positive_number, help="hidden channels per channel in SwinIR's MLPs")
+    group.add_argument("--upsampler", choices=("pixelshuffle", "pixelshuffledirect", "nearest+conv"),
+                       help="SwinIR's: classical, lightweight, real-world")
+    group.add_argument("--resi_connection", choices=("1conv", "3conv"), help="convolutions that end SwinIR's groups")
+    group.add_argument("--img_range", type=positive_number, help="range that SwinIR brings images to inside")
+    group.add_argument("--width_mult", type=positive_number,
+                       help="the student is this part of the teacher's channels and shares its weights; in test.py: score "
+                            "that slice of the file")
+    group.add_argument("--init_from_teacher", action="store_true",
+                       help="the student starts from a copy of the teacher's first channels")
     group.add_argument("--pre_train", default="", help="checkpoint whose weights the student starts from")
 
     group = parser.add_argument_group("distillation")
@@ -72,6 +96,35 @@ def make_parser():
     group.add_argument("--P", type=natural, default=2, help="order of RBF's Taylor series")
     group.add_argument("--rbf_gamma", type=float, default=5, help="gamma of RBF")
 
+    group = parser.add_argument_group("contrastive, distributional and adversarial terms")
+    group.add_argument("--feature_net", choices=("released", "random"), default="released",
+                       help="of VGG, CSD, DCR, DMM: the released VGG-19 and VQGAN, or untrained ones, for trying things out")
+    group.add_argument("--vgg_path", default=str(ROOT / "teacher_checkpoint" / "vgg19-dcbb9e9d.pth"),
+                       help="VGG-19 of VGG and CSD")
+    group.add_argument("--vqgan_path", default=str(ROOT / "teacher_checkpoint" / "vqgan_f16_1024.ckpt"),
+                       help="VQGAN f16-1024 of DCR and DMM")
+    group.add_argument("--d_func", choices=("L1", "cos"), default="L1", help="distance of CSD")
+    group.add_argument("--neg_num", type=positive, default=10, help="negatives of CSD, other images of the batch")
+    group.add_argument("--t_l_remove", type=natural, default=400, help="epoch after which T_DS ends")
+    group.add_argument("--lc_p", type=probability, default=0.5, help="probability of each of LC's four operations")
+    group.add_argument("--dcr_negatives", type=natural, default=4, help="degraded inputs of DCR's history model, beside LR")
+    group.add_argument("--dcr_noise", type=probability, default=1, help="probability of noise in them")
+    group.add_argument("--dcr_blur", type=probability, default=0, help="probability of blur in them")
+    group.add_argument("--dcr_resize", type=probability, default=0, help="probability of resizing and back in them")
+    group.add_argument("--history_every", type=parse_steps, default="1000-2000-3000",
+                       help="iterations between updates of DCR's history model, in the first, second, ... 100,000")
+    group.add_argument("--nce_type", choices=("hybrid", "image", "patch"), default="hybrid",
+                       help="embeddings that NCE compares")
+    group.add_argument("--nce_mining", choices=("hard", "all"), default="hard",
+                       help="NCE's negatives: the more similar half, or all")
+    group.add_argument("--nce_denominator", choices=("negatives", "standard"), default="negatives",
+                       help="NCE's normalisation: over the negatives, as published, or over the positive as well")
+    group.add_argument("--nce_patches", type=positive, default=8, help="crops per image of NCE's patch embedding")
+    group.add_argument("--nce_patch_size", type=positive, default=48, help="their side in HR pixels")
+    group.add_argument("--gan_type", choices=("GAN", "LSGAN", "RGAN", "WGAN", "WGAN_GP"), default="GAN", help="kind of GAN")
+    group.add_argument("--gan_k", type=positive, default=1, help="steps of GAN's discriminator per iteration")
+    group.add_argument("--gan_lr", type=positive_number, default=1e-4, help="its learning rate")
+
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive, default=200, help="epochs to train")
     group.add_argument("--test_every", type=positive, default=1000, help="batches per epoch; an epoch ends with a test")
@@ -86,6 +139,8 @@ def make_parser():
     group.add_argument("--epsilon", type=float, default=1e-8, help="of ADAM and RMSprop")
     group.add_argument("--weight_decay", type=float, default=0, help="L2 penalty of the weights")
     group.add_argument("--gclip", type=float, default=0, help="clip the gradient's norm to this; 0: not at all")
+    group.add_argument("--ema", type=fraction, default=0, help="decay of the student's moving average, which is then "
+                       "what is tested and saved (0.999 in DUKD and DCKD); 0: none")
     group.add_argument("--print_every", type=positive, default=100, help="batches between lines of the log")
 
     group = parser.add_argument_group("experiment")
@@ -161,7 +216,7 @@ def published_loss(args):
 def parse_loss(string):
     """'0.5*DS+1e-3*GAN' -> [(0.5, 'DS'), (0.001, 'GAN')]; raises ValueError."""
     terms = []
-    for part in re.split(r"(?<![eE])\+", string.replace(" ", "")):
+    for part in re.split(r"(?<![0-9.][eE])\+", string.replace(" ", "")):
         match = re.fullmatch(r"(?:([0-9.]+(?:[eE][+-]?[0-9]+)?)\*)?([A-Za-z_]\w*)", part)
         if not match:
             raise ValueError(f"loss {string!r}: {part!r} is not of the form WEIGHT*TERM")
@@ -183,6 +238,19 @@ def parse_list(string):
     if not all(names):
         raise argparse.ArgumentTypeError(f"{string!r} is not a list such as [A,B] or A+B")
     return names
+
+
+def parse_numbers(string):
+    """'[6,6,6]', '6,6,6' and '6+6+6' -> [6, 6, 6]."""
+    return [positive(word) for word in parse_list(string)]
+
+
+def parse_rdn_config(string):
+    """'B' or 'D,C,G', which becomes the name where it has one: files say it so."""
+    config = string.strip("[()] ").replace(" ", "")
+    if config not in RDN_NAMES.values() and not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*){2}", config):
+        raise argparse.ArgumentTypeError(f"{string!r} is neither A, B nor three numbers D,C,G such as 16,8,64")
+    return RDN_NAMES.get(config, config)
 
 
 def parse_features(string):
@@ -207,6 +275,11 @@ def parse_decay(string):
     return epochs
 
 
+def parse_steps(string):
+    """'1000-2000' -> [1000, 2000]."""
+    return [positive(word) for word in string.split("-")]
+
+
 def parse_betas(string):
     try:
         first, second = (float(word) for word in string.strip("() ").split(","))
@@ -223,6 +296,14 @@ def natural(string):
 
 def positive(string):
     return _number(string, int, lambda value: value > 0, "a whole number, 1 or more")
+
+
+def fraction(string):
+    return _number(string, float, lambda value: 0 <= value < 1, "in 0..1, 1 excluded")
+
+
+def probability(string):
+    return _number(string, float, lambda value: 0 <= value <= 1, "in 0..1")
 
 
 def positive_number(string):

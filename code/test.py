@@ -15,7 +15,7 @@ def main():
     from checkpoint import start_logging  # noqa: PLC0415
     from data import make_benchmarks  # noqa: PLC0415
     from device import pick_device  # noqa: PLC0415
-    from model import load_as_told  # noqa: PLC0415
+    from model import describe, load_as_told  # noqa: PLC0415
     from model.teachers import find_teacher  # noqa: PLC0415
 
     start_logging()
@@ -39,11 +39,6 @@ def main():
     if writer:
         log.info("images are in %s", folder)
     return 0
-
-
-def describe(net):
-    sizes = ", ".join(f"{name} {value}" for name, value in net.config.items())
-    return f"{type(net).__name__}, {sizes}, {sum(p.numel() for p in net.parameters()):,} parameters"
 
 
 if __name__ == "__main__":

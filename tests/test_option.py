@@ -40,7 +40,8 @@ def test_published_flags_become_the_loss_string(line, loss):
 
 
 def test_a_loss_string_is_read_term_by_term():
-    assert option.parse_loss("0.5*DS+1e-3*GAN+1e+2*SA+TS") == [(0.5, "DS"), (1e-3, "GAN"), (100, "SA"), (1, "TS")]
+    assert option.parse_loss("0.5*DS+1*NCE+1e-3*GAN+1.e+2*SA+TS") == [
+        (0.5, "DS"), (1, "NCE"), (1e-3, "GAN"), (100, "SA"), (1, "TS")]
 
 
 def test_explicit_flags_win_over_a_preset_and_later_presets_over_earlier_ones():
@@ -79,6 +80,7 @@ def test_a_plus_in_the_name_of_an_existing_file_separates_nothing(tmp_path):
     ("--betas 0.9", "pair"),
     ("--betas 0.9,1.5", "0..1"),
     ("--epochs 0", "1 or more"),
+    ("--history_every cosine", "1 or more"),
     ("--lr nan", "above 0"),
     ("--resume 1 --reset", "--reset"),
     ("--save_gt", "--save_results"),
@@ -91,6 +93,35 @@ def test_a_mistake_gets_one_line_and_status_2(line, words, capsys):
     err = capsys.readouterr().err
     assert ended.value.code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+@pytest.mark.parametrize("line, value", [
+    ("--depths [6,6,6,6]", [6, 6, 6, 6]), ("--num_heads 6,6", [6, 6]), ("--multi_scale 2+3+4", [2, 3, 4]),
+    ("--RDNconfig B", "B"), ("--RDNconfig 16,8,64", "B"), ("--RDNconfig (20,6,32)", "A"), ("--RDNconfig 4,3,16", "4,3,16"),
+    ("--mlp_ratio 2.75", 2.75), ("--upsampler nearest+conv", "nearest+conv"), ("--G0 32", 32)])
+def test_sizes_of_networks(line, value):
+    assert getattr(parse(line), line[2:].split()[0]) == value
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--depths [6,x]", "whole number"), ("--depths [6,0]", "1 or more"), ("--num_heads __import__('os')", "whole number"),
+    ("--multi_scale 2++4", "list such as"), ("--RDNconfig C", "D,C,G"), ("--RDNconfig 16,0,64", "D,C,G"),
+    ("--upsampler bicubic", "pixelshuffle")])
+def test_a_wrong_size_gets_one_line(line, words, capsys):
+    with pytest.raises(SystemExit):
+        parse(line)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_every_size_of_every_network_has_a_flag():
+    import inspect  # noqa: PLC0415
+
+    from model import NETWORKS  # noqa: PLC0415
+    from model.rdn import PUBLISHED  # noqa: PLC0415
+    sizes = {key for network, _ in NETWORKS.values() for key in inspect.signature(network).parameters}
+    assert sizes - set(vars(parse())) == {"in_chans"}  # images are RGB here; gray networks are only read from files
+    assert {name: tuple(map(int, numbers.split(","))) for numbers, name in option.RDN_NAMES.items()} == PUBLISHED
 
 
 def test_help_needs_no_torch():

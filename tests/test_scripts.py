@@ -38,7 +38,7 @@ def test_a_training_script_passes_valid_flags_and_the_users_own(checkout, script
     assert loss.parse(args.loss)
     scale = int(script.stem.rpartition("_x")[2])
     assert args.scale == scale and args.patch_size == 48 * scale
-    if script.stem.split("_")[1] in ("rcan", "edsr"):
+    if script.stem.split("_")[1] in ("rcan", "edsr", "san"):
         assert args.model == script.stem.split("_")[1].upper()
         assert args.loss == ("1*DS" if "baseline" in script.stem else "0.5*DS+0.5*TS+10*SA")
 
@@ -47,3 +47,10 @@ def test_there_is_a_script_for_each_published_fakd_experiment():
     names = {script.stem for script in TRAINING}
     assert names >= {f"train_{net}_{kind}_x{scale}" for net in ("rcan", "edsr") for kind in ("SA", "baseline")
                      for scale in (2, 3, 4, 8)}
+    assert names >= {f"train_san_{kind}_x{scale}" for kind in ("SA", "baseline") for scale in (2, 3, 4)}
+
+
+def test_the_teacher_download_keeps_the_users_folder_and_flags(checkout):
+    ran = subprocess.run(["bash", str(checkout / "scripts" / "download_teacher.sh"), "SwinIR_x2", "--dir", "here"],
+                         capture_output=True, text=True, check=True, cwd="/")
+    assert ran.stdout.splitlines() == [str(checkout / "code" / "download_teacher.py"), "SwinIR_x2", "--dir", "here"]

@@ -1,13 +1,15 @@
 """Networks by name, and from checkpoints of any layout they were released in."""
 import inspect
-import os
 
 from error import UserError
 from model import carn, edsr, imdn, rcan, rdn, san, swinir
 from model.loading import CheckpointError, read_checkpoint
-from model.teachers import find_teacher
+from model.slicing import inherit, narrow_twin, slim
 
-__all__ = ["NETWORKS", "CheckpointError", "load_as_told", "load_model", "make_model", "save_header"]
+__all__ = ["NETWORKS", "CheckpointError", "describe", "inherit", "load_as_told", "load_model", "make_model", "require_rgb",
+           "save_header", "slim"]
+
+LEFT_OPEN = "res_scale", "img_range"  # sizes that do not show in names and shapes: those asked for win
 
 # name on the command line: (class, how to recognise its checkpoints)
 NETWORKS = {
@@ -27,6 +29,10 @@ def make_model(name, args):
     if name not in NETWORKS:
         raise UserError(f"no network is called {name}: there are {', '.join(NETWORKS)}")
     network = NETWORKS[name][0]
+    known = {key for other, _ in NETWORKS.values() for key in inspect.signature(other).parameters}
+    unknown = sorted((getattr(args, "given", set()) & known) - inspect.signature(network).parameters.keys())
+    if unknown:
+        raise UserError(f"--{unknown[0]}: {name} has no such size")
     sizes = {key: getattr(args, key, None) for key in inspect.signature(network).parameters}
     try:
         net = network(**{key: value for key, value in sizes.items() if value is not None})
@@ -39,9 +45,14 @@ def make_model(name, args):
 def load_model(path, **override):
     """The network that a checkpoint file holds, with its weights: name, sizes and scale are read from the file alone.
 
-    override settles what a file leaves open (`res_scale=`; `scale=` where it holds several). Raises CheckpointError, which
-    names the file and the first keys or shapes that do not fit. Weights are on the CPU.
+    override settles what a file leaves open (`res_scale=`, `img_range=`; `scale=` where it holds several); `width_mult=`
+    takes the channel slice of that width. Raises CheckpointError, which names the file and the first keys or shapes that do
+    not fit. Weights are on the CPU.
     """
+    width = override.pop("width_mult", None)
+    if width:
+        net = load_model(path, **override)
+        return inherit(narrow_twin(net, width), net)
     header, state = read_checkpoint(path)
     for name, (network, recognise) in NETWORKS.items():
         if header and header["network"] != name:
@@ -57,43 +68,32 @@ def load_model(path, **override):
 
 def load_as_told(path, args, any_scale=False):
     """`load_model`, taking the flags that were given explicitly for claims about the file: a wrong one is an error."""
-    sizes = {key for network, _ in NETWORKS.values() for key in inspect.signature(network).parameters}
-    sizes -= {"scale"} if any_scale else set()
-    net = load_model(path, **{key: getattr(args, key) for key in args.given & sizes})
+    sizes = {key for network, _ in NETWORKS.values() for key in inspect.signature(network).parameters} | {"width_mult"}
+    sizes = args.given & (sizes - {"scale"} if any_scale else sizes)
+    net = require_rgb(load_model(path, **{key: getattr(args, key) for key in sizes}), path)
     name = save_header(net)["network"]
     if "model" in args.given and args.model != name:
         raise CheckpointError(f"{path}: holds a network {name}, not --model {args.model} as asked for")
+    unknown = sorted(sizes - net.config.keys() - {"width_mult"})
+    if unknown:
+        raise CheckpointError(f"{path}: holds a network {name}, which has no --{unknown[0]}")
     net.rgb_range = args.rgb_range
     return net
 
 
-def make_student(args):
-    """The student that the flags ask for: new, or with the weights of --pre_train.
-
-    From a file of another scale all but the upsampling is taken, as EDSR's authors did: its x4 started from x2.
-    """
-    if not args.pre_train:
-        return make_model(args.model, args)
-    start = load_as_told(args.pre_train, args, any_scale=True)
-    if start.scale == args.scale:
-        return start
-    student = type(start)(**{**start.config, "scale": args.scale})
-    student.rgb_range = args.rgb_range
-    state, wanted = start.state_dict(), student.state_dict()
-    student.load_state_dict({name: state[name] if name in state and state[name].shape == value.shape else value
-                             for name, value in wanted.items()})
-    return student
+def describe(net):
+    """Name, sizes and number of parameters of a network, in a line; of a channel slice its own."""
+    sizes = ", ".join(f"{name} {value}" for name, value in net.config.items())
+    shapes = getattr(net, "shapes", None) or {name: parameter.shape for name, parameter in net.named_parameters()}
+    name = type(getattr(net, "whole", net)).__name__
+    return f"{name}, {sizes}, {sum(shape.numel() for shape in shapes.values()):,} parameters"
 
 
-def make_teachers(args):
-    """The teachers of --teacher: checkpoint files, or names of networks whose checkpoint is in teacher_checkpoint/."""
-    teachers = []
-    for name in args.teacher:
-        is_file = os.path.exists(name) or os.sep in name or "." in name
-        net = load_model(name if is_file else find_teacher(name, args.scale), scale=args.scale)
-        net.rgb_range = args.rgb_range
-        teachers.append(net)
-    return teachers
+def require_rgb(net, path):
+    """The network; raises CheckpointError for one that takes gray images, which are none of ours."""
+    if net.config.get("in_chans", 3) != 3:
+        raise CheckpointError(f"{path}: holds a network {type(net).__name__} for gray images, and images here are RGB")
+    return net
 
 
 def _build(path, name, network, config, state, override):
@@ -106,7 +106,7 @@ def _build(path, name, network, config, state, override):
                                   + (f"not for x{scale} as asked for" if scale else "say which with --scale"))
         config = {**config, "scale": scale}
     for key, value in override.items():
-        if key != "res_scale" and config.get(key, value) != value:
+        if key not in LEFT_OPEN and as_list(config.get(key, value)) != as_list(value):
             raise CheckpointError(f"{path}: holds {name} with {key} {config[key]}, not {value} as asked for")
     config = {**config, **{key: value for key, value in override.items() if key in inspect.signature(network).parameters}}
     try:
@@ -123,6 +123,10 @@ def _build(path, name, network, config, state, override):
                               + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
     net.load_state_dict(state)
     return net.eval()
+
+
+def as_list(value):
+    return list(value) if isinstance(value, tuple) else value
 
 
 def save_header(net):

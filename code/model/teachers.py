@@ -1,27 +1,29 @@
-"""Finding the checkpoint of a teacher by the name of its network."""
+"""Finding the checkpoint of a teacher by its name."""
 from model.loading import CheckpointError
 from option import ROOT
+from released import TEACHERS, files_of
 
 FOLDER = ROOT / "teacher_checkpoint"
 
-# network: (file names looked for, in this order; where the first ones are released)
-RELEASED = {
-    "EDSR": (("edsr_x{scale}-*.pt", "EDSR_BIX{scale}.pt", "EDSR_Lx{scale}_f256b32_DIV2K_official-*.pth"),
-             "cv.snu.ac.kr/research/EDSR/models/"),
-    "RCAN": (("RCAN_BIX{scale}.pt", "RCAN_compact_x{scale}.pt"), "the page github.com/yulunzhang/RCAN"),
-}
-
 
 def find_teacher(name, scale):
-    """Path of the released checkpoint of that network and scale in teacher_checkpoint/, or else of a small one trained here;
+    """Path of the released checkpoint of that name and scale in teacher_checkpoint/, or else of a small one trained here;
     raises CheckpointError with the paths looked at."""
-    if name not in RELEASED:
-        raise CheckpointError(f"--teacher {name}: neither a file nor one of {', '.join(RELEASED)}")
-    patterns, address = RELEASED[name]
-    patterns = [pattern.format(scale=scale) for pattern in patterns]
+    names = dict.fromkeys(release.name for release in TEACHERS)
+    if name not in names:
+        raise CheckpointError(f"--teacher {name}: neither a file nor one of {', '.join(names)}")
+    patterns = files_of(name, scale)
     for pattern in patterns:
         found = sorted(FOLDER.glob(pattern))
         if found:
             return found[0]
-    raise CheckpointError(f"no {name} teacher for scale {scale}: looked in {FOLDER} for {', '.join(patterns)}; get the "
-                          f"released one from {address}, or name a checkpoint file with --teacher FILE")
+    releases = [release for release in TEACHERS if release.name == name]
+    released = next((release for release in releases if scale in release.scales), None)
+    if not released:
+        scales = ", ".join(f"x{scale}" for release in releases for scale in release.scales)
+        raise CheckpointError(f"no {name} teacher for scale {scale}: it was released for {scales}"
+                              + (f", and {FOLDER} holds no {' or '.join(patterns)}" if patterns else "")
+                              + "; name a checkpoint file with --teacher FILE")
+    raise CheckpointError(f"no {name} teacher for scale {scale}: looked in {FOLDER} for {', '.join(patterns)}; bash "
+                          f"scripts/download_teacher.sh {released.title} fetches it or says where it is, or name a "
+                          "checkpoint file with --teacher FILE")

@@ -1,0 +1,122 @@
+"""What networks cost: parameters, FLOPs, receptive field, memory, as a table. Nothing is run. Run from this folder.
+
+python summary.py --ckp_path student=A.pt+teacher=B.pt     python summary.py --template RCAN_student --scale 4
+"""
+import logging
+import os
+
+import option
+from error import run
+
+log = logging.getLogger("sr")
+WIDTH, HEIGHT = 1280, 720  # of the output, as in the papers
+COLUMNS = "network", "", "scale", "parameters", "GFLOPs", "receptive field", "weights MB", "maps MB"
+NOTES = f"""\
+For an output of {WIDTH} x {HEIGHT}: LR images of {WIDTH} / scale x {HEIGHT} / scale pixels, rounded up.
+parameters: the trained ones. GFLOPs: of convolutions, matrix products and attention, two per multiply-add (papers mostly
+count one). receptive field: LR pixels to each side. MB (10^6 bytes): of weights and, at most at once, of the maps of a
+forward without --chop or gradients in float32; counted, not measured: what kernels need inside comes on top."""
+
+
+def main():
+    args = option.parse()
+    from checkpoint import start_logging  # noqa: PLC0415 - after the flags: --help should not wait for torch
+
+    start_logging()
+    rows = [COLUMNS, *(describe(label, net) for label, net in load(args))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        log.info("  ".join(f"{cell:<{width}}" if k < 2 else f"{cell:>{width}}"
+                           for k, (cell, width) in enumerate(zip(row, widths))))
+    log.info(NOTES)
+    return 0
+
+
+def load(args):
+    """[(label, network)] of --ckp_path LABEL=FILE+..., or else of the one that the flags describe."""
+    from model import load_as_told, make_model  # noqa: PLC0415
+
+    nets = []
+    for entry in option.parse_list(args.ckp_path) if args.ckp_path else []:
+        label, _, path = ("", "", entry) if os.path.exists(entry) else entry.rpartition("=")
+        nets.append((label or os.path.basename(path), load_as_told(path, args)))
+    return nets or [(args.template or args.model, make_model(args.model, args))]
+
+
+def describe(label, net):
+    flops, maps = count(net)
+    weights = sum(p.nbytes for p in net.parameters())
+    return (label, type(net).__name__, f"x{net.scale}", f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,}",
+            f"{flops / 1e9:,.1f}", field(net), f"{weights / 1e6:.1f}", f"{maps / 1e6:,.0f}")
+
+
+def field(net):
+    if net.receptive_field is not None:
+        return str(net.receptive_field)
+    return "the image" if net.window == 1 else f"windows of {net.window}"
+
+
+def count(net):
+    """(FLOPs, peak bytes of the tensors it makes) of one forward, worked out from shapes alone."""
+    import torch  # noqa: PLC0415
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415 - not "meta": that has no autocast
+    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
+
+    from model.swinir import shift_mask  # noqa: PLC0415
+
+    convolutions, attention, memory = FlopCounterMode(display=False), fused_attention(), live_memory()
+    shift_mask.cache_clear()
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), memory, convolutions, attention:
+            net.eval()(torch.empty(1, net.config.get("in_chans", 3), -(-HEIGHT // net.scale), -(-WIDTH // net.scale)))
+    finally:
+        shift_mask.cache_clear()  # masks of no numbers
+    return convolutions.get_total_flops() + attention.flops, memory.peak
+
+
+def fused_attention():
+    """Mode that counts attention as its fused kernels compute it, without the matrix of all pairs; `flops`."""
+    from torch.nn import functional as F  # noqa: PLC0415
+    from torch.overrides import TorchFunctionMode  # noqa: PLC0415
+
+    class FusedAttention(TorchFunctionMode):
+        flops = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is not F.scaled_dot_product_attention:
+                return function(*args, **(kwargs or {}))
+            query, key, value = args
+            self.flops += 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+    return FusedAttention()
+
+
+def live_memory():
+    """Mode that adds up the bytes of the tensors made in it as long as they live; `peak`, the most at once."""
+    from torch.multiprocessing.reductions import StorageWeakRef  # noqa: PLC0415
+    from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC0415
+    from torch.utils._pytree import tree_leaves  # noqa: PLC0415
+
+    class LiveMemory(TorchDispatchMode):
+        peak = 0
+
+        def __init__(self):
+            super().__init__()
+            self.live = {}
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in tree_leaves(out):
+                if hasattr(tensor, "untyped_storage"):
+                    storage = tensor.untyped_storage()
+                    self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
+            self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+            return out
+
+    return LiveMemory()
+
+
+if __name__ == "__main__":
+    run(main)
