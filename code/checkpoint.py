@@ -4,13 +4,14 @@ import io
 import logging
 import os
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from error import UserError
-from model import load_model, save_header
+from model import save_header
 from model.loading import CheckpointError
 from option import ROOT
 
@@ -43,21 +44,31 @@ def save_whole(content, path):
 
 
 def save_model(net, path):
-    """Saves the weights with the header from which `load_model` builds the network."""
+    """Saves the weights with the header from which `load_model` builds the network; of a channel slice the whole network."""
+    net = getattr(net, "whole", net)
     save_whole({**save_header(net), "params": net.state_dict()}, path)
 
 
-def start_logging(file=None):
-    """Sends the log to the terminal, past any progress bar, and to a file as well where one is given."""
+def start_logging():
+    """Sends the log to the terminal, past any progress bar, and keeps it for the file of `log_to`."""
     log.setLevel(logging.INFO)
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
     log.addHandler(_Terminal())
-    if file:
-        log.addHandler(logging.FileHandler(file, encoding="utf-8"))
-        log.handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
+
+
+def log_to(path):
+    """Appends the log to a file as well, from what was said before the file was there."""
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for handler in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
+        handler.setTarget(file)
+        handler.flush()
+        log.removeHandler(handler)
+    log.addHandler(file)
 
 
 class _Terminal(logging.Handler):
@@ -87,7 +98,7 @@ class Experiment:
             for pattern in OWN_FILES:
                 for file in self.folder.glob(pattern):
                     file.unlink()
-        start_logging(self.folder / "log.txt")
+        log_to(self.folder / "log.txt")
         self._write_config()
 
     def _load(self, path):
@@ -114,10 +125,10 @@ class Experiment:
     def save_models(self, net, is_best, epoch):
         names = ["model_latest.pt"] + ["model_best.pt"] * is_best + [f"model_{epoch}.pt"] * self.args.save_models
         for name in names:
-            save_model(net, self.folder / "model" / name)
+            self.save_model(net, name)
 
-    def load_best(self):
-        return load_model(self.folder / "model" / "model_best.pt")
+    def save_model(self, net, name):
+        save_model(net, self.folder / "model" / name)
 
     def write_history(self, history):
         """history: a dict an epoch -> metrics.csv, loss.csv and the curves."""

@@ -1,4 +1,6 @@
 """Distils a student from teachers: data, networks, loss, trainer. Run from this folder: python train.py --help"""
+import logging
+
 import option
 from error import run
 
@@ -11,17 +13,19 @@ def main():
     from checkpoint import Experiment, start_logging  # noqa: PLC0415
     from data import Crops, make_benchmarks  # noqa: PLC0415
     from device import pick_device  # noqa: PLC0415
-    from model import make_student, make_teachers  # noqa: PLC0415
+    from model import describe  # noqa: PLC0415
+    from model.roles import make_networks  # noqa: PLC0415
     from trainer import Trainer  # noqa: PLC0415
 
     start_logging()
     torch.manual_seed(args.seed)
-    student = make_student(args)  # first: the same seed gives the same student, whatever teaches it
-    teachers = make_teachers(args) if "teacher" in loss.needs_of(args.loss) else []
-    criterion = loss.Loss(args.loss, loss.Setting(args, student, teachers))
-    crops, benchmarks = Crops(args), make_benchmarks(args)
+    student, teachers = make_networks(args, loss.needs_of(args.loss))
     device = pick_device(args)
+    criterion = loss.Loss(args.loss, loss.Setting(args, student, teachers, device))
+    crops, benchmarks = Crops(args), make_benchmarks(args)
     experiment = Experiment(args)
+    logging.getLogger("sr").info("student: %s%s\nloss: %s", describe(student), "".join(
+        f"\nteacher: {describe(net)}" for net in teachers), args.loss)
     return Trainer(args, student, teachers, criterion, crops, benchmarks, experiment, device).fit()
 
 

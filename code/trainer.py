@@ -1,4 +1,5 @@
 """The distillation loop. Which method it runs is the loss's business: nothing here knows."""
+import copy
 import logging
 import math
 import signal
@@ -23,8 +24,14 @@ class Trainer:
         self.args, self.loss, self.experiment, self.device = args, loss.to(device), experiment, device
         self.crops, self.benchmarks = crops, benchmarks
         self.student = student.to(device, memory_format=torch.channels_last)
-        self.teachers = [net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False) for net in teachers]
-        self.optimizer = make_optimizer(args, [*student.parameters(), *loss.parameters()])
+        self.teachers = [net.to(device, memory_format=torch.channels_last) for net in teachers]
+        own = set(student.parameters())  # a student that is a slice of its teacher trains the weights of both
+        for net in self.teachers:
+            net.eval()
+            for parameter in set(net.parameters()) - own:
+                parameter.requires_grad_(False)
+        self.optimizer = make_optimizer(args, [*student.parameters(), *loss.trained()])
+        self.average = copy.deepcopy(student).eval().requires_grad_(False) if args.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "half")
         self.iteration, self.iterations = 0, args.epochs * args.test_every
         self.history = []  # a dict an epoch: what the CSV files and curves show
@@ -81,13 +88,17 @@ class Trainer:
     def step(self, lr, hr):
         """One update of the student from a batch of uint8 pairs -> the weighted values of the loss's terms."""
         lr, hr = self.to_input(lr), self.to_input(hr)
-        features = "features" in self.loss.needs
-        student = self.run(self.student, lr, features)
-        teacher = None
-        if self.teachers:
-            with torch.no_grad():
-                teacher = self.run(self.draw_teacher(), lr, features)
-        step = Step(lr, hr, student, teacher, iteration=self.iteration)
+        features, trained = "features" in self.loss.needs, "teacher_graph" in self.loss.needs
+        student, teacher, teacher_graph = self.run(self.student, lr, features), None, None
+        teacher_net = self.draw_teacher()
+        if teacher_net:
+            with torch.set_grad_enabled(trained):
+                teacher = self.run(teacher_net, lr, features)
+            if trained:
+                teacher_graph, teacher = teacher.sr, teacher.detach()
+        step = Step(lr, hr, student, teacher, teacher_graph, iteration=self.iteration, student_net=self.student,
+                    teacher_net=teacher_net, average=self.average or self.student,
+                    run=lambda net, x: self.run(net, x, features=False).sr)
         total, values = self.loss(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
@@ -98,8 +109,15 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.args.gclip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average:
+            self.update_average()
         self.loss.update(step)
         return values
+
+    @torch.no_grad()
+    def update_average(self):
+        """Moves the average of --ema towards the student."""
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.student.parameters()), 1 - self.args.ema)
 
     def run(self, net, lr, features):
         with autocast(self.device, self.args):
@@ -107,7 +125,10 @@ class Trainer:
         return Output(*out) if features else Output(out)
 
     def draw_teacher(self):
-        return self.teachers[int(torch.randint(len(self.teachers), ()))] if len(self.teachers) > 1 else self.teachers[0]
+        """The teacher of this batch; None where no term needs one."""
+        if len(self.teachers) > 1:
+            return self.teachers[int(torch.randint(len(self.teachers), ()))]
+        return self.teachers[0] if self.teachers else None
 
     def to_input(self, x):
         x = x.to(self.device, non_blocking=True).to(memory_format=torch.channels_last).float()
@@ -126,7 +147,8 @@ class Trainer:
     def test_epoch(self):
         """Scores the student, keeps the epoch's record, and saves it all."""
         self.student.eval()
-        upscale = evaluation.by_network(self.student, self.device, self.args)
+        tested = self.average or self.student
+        upscale = evaluation.by_network(tested, self.device, self.args)
         folder = self.experiment.folder
         with evaluation.Writer(folder, self.args.save_gt) if self.args.save_results else nullcontext() as writer:
             scores = [evaluation.score(upscale, images, writer, stop=lambda: self.interruption.status)
@@ -144,7 +166,9 @@ class Trainer:
         best = {name: (psnr, -of_epoch) for name, (psnr, of_epoch) in best.items()}
         log.info("epoch %d\n%s", epoch, evaluation.table(scores, best))
         # best by the first test set, as in EDSR; without a truth the latest is the best there is
-        self.experiment.save_models(self.student, not best or next(iter(best.values()))[1] == epoch, epoch)
+        self.experiment.save_models(tested, not best or next(iter(best.values()))[1] == epoch, epoch)
+        if self.average:
+            self.experiment.save_model(self.student, "model_raw.pt")
         self.experiment.write_history(self.history)
         self.save_state()
 
@@ -153,13 +177,15 @@ class Trainer:
         self.experiment.save_state(dict(
             iteration=self.iteration, history=self.history, sums=self.sums, student=self.student.state_dict(),
             loss=self.loss.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-            random=torch.get_rng_state(),
+            average=self.average.state_dict() if self.average else None, random=torch.get_rng_state(),
             random_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None))
 
     def load_state(self, state):
         try:
             self.student.load_state_dict(state["student"])
             self.loss.load_state_dict(state["loss"])
+            if self.average:
+                self.average.load_state_dict(state["average"] or state["student"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.sums.copy_(state["sums"])

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from error import UserError
-from loss import affinity, feature, pixel
+from loss import adversarial, affinity, consistency, contrastive, distribution, feature, nce, pixel
 from loss.step import Output, Setting, Step, Term
 from option import parse_loss
 
@@ -21,6 +21,14 @@ TERMS = {
     "AT": feature.AttentionTransfer,
     "fitnet": feature.Hint,
     "MMD": feature.MaximumMeanDiscrepancy,
+    "CSD": contrastive.Contrast,
+    "VGG": contrastive.Perceptual,
+    "T_DS": contrastive.TeachersData,
+    "LC": consistency.LabelConsistency,
+    "DCR": distribution.DynamicContrast,
+    "DMM": distribution.CodeDistribution,
+    "NCE": nce.NoiseContrast,
+    "GAN": adversarial.Adversarial,
 }
 
 
@@ -57,6 +65,10 @@ class Loss(nn.Module):
             values = torch.stack([self.weights[name] * self.terms[name](step) for name in self.names])
         return values.sum(), values.detach()
 
+    def trained(self):
+        return [parameter for term in self.terms.values() for parameter in term.trained()]
+
     def update(self, step):
-        for term in self.terms.values():
-            term.update(step)
+        with torch.autocast(step.lr.device.type, enabled=False):
+            for term in self.terms.values():
+                term.update(step)

@@ -1,4 +1,5 @@
 """What a term of the loss sees of one training step."""
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,38 +14,59 @@ class Output:
     sr: torch.Tensor
     features: list = field(default_factory=list)
 
+    def detach(self):
+        return Output(self.sr.detach(), [x.detach() for x in self.features])
+
 
 @dataclass
 class Step:
-    """One view of a batch; hr is None where there is no truth, teacher where no term needs one."""
+    """One view of a batch; hr is None where there is no truth, teacher (which never has a graph) where no term needs one.
+
+    The networks themselves are there for terms that show them something else: `run(net, images)` -> sr computes in the run's
+    precision. `average` is the student's moving average where the run keeps one, else the student. `kept` lives as long as
+    the step: what several terms compute from the same images is computed once and left there.
+    """
     lr: torch.Tensor
     hr: torch.Tensor | None
     student: Output
     teacher: Output | None
+    teacher_graph: torch.Tensor | None = None  # the teacher's sr with its graph, for the terms that train the teacher
     view: str = "plain"
     iteration: int = 0
+    student_net: nn.Module | None = None
+    teacher_net: nn.Module | None = None
+    average: nn.Module | None = None
+    run: Callable | None = None
+    kept: dict = field(default_factory=dict)
 
 
 @dataclass
 class Setting:
-    """What a term may look at when it is built."""
+    """What a term may look at when it is built; `kept` holds what several terms share, such as a frozen network."""
     args: object
     student: nn.Module
     teachers: list
+    device: torch.device | str = "cpu"
+    kept: dict = field(default_factory=dict)
 
 
 class Term(nn.Module):
     """A term of the loss: `forward(step)` -> scalar. `needs` says what it looks at beyond the student's sr.
 
-    Its parameters are trained with the student's; `update(step)`, after the optimiser's step, is for terms with a memory.
+    Its parameters are trained with the student's, unless `trained` says otherwise; `update(step)`, after the optimiser's
+    step, is for terms with a memory or an optimiser of their own. What must survive an interruption is in its state_dict.
     """
-    needs = frozenset()
+    needs = frozenset()  # of "hr", "teacher", "features"; "teacher_graph" for a teacher that is trained as well
 
     def __init__(self, setting):
         super().__init__()
 
+    def trained(self):
+        """The parameters that the student's optimiser trains along."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
     def update(self, step):
-        pass
+        """Called once per iteration, after the student's update; step holds what the loss was computed from."""
 
 
 def require_equal_widths(name, setting):

@@ -1,0 +1,69 @@
+"""Label consistency: a network shown a transformed image should answer with the transformed answer.
+
+Four invertible operations, in this order: colour inversion rgb_range - x, horizontal flip, vertical flip, transpose. `draw`
+chooses them per image, `perturb` applies them, `restore` undoes them on the output. DUKD (Zhang et al., 2023) perturbs the
+student's input, DCKD (Zhou et al., AAAI 2025) the teacher's. DUKD's published code undoes the operations in the order in
+which it applied them, wrong wherever a transpose meets a flip; here it is the reverse order.
+"""
+import torch
+import torch.nn.functional as F
+
+from loss.step import Term
+
+INVERT, FLIP_HORIZONTAL, FLIP_VERTICAL, TRANSPOSE = range(4)
+
+
+def draw(images, p):
+    """N x 4 booleans on the CPU, each true with probability p: which operations which of the images N x 3 x H x W gets.
+
+    Where H and W differ all images are transposed or none, as the results must have one size. Random numbers are those of
+    torch's generator on the CPU.
+    """
+    chosen = torch.rand(len(images), 4) < p
+    if images.shape[2] != images.shape[3]:
+        chosen[:, TRANSPOSE] = chosen[:1, TRANSPOSE]
+    return chosen
+
+
+def perturb(images, chosen, rgb_range):
+    """Applies the chosen operations to images in [0, rgb_range]."""
+    chosen = chosen.to(images.device)
+    for operation in range(4):
+        images = _apply(operation, images, chosen[:, operation], rgb_range)
+    return images
+
+
+def restore(images, chosen, rgb_range):
+    """Undoes `perturb`: each operation is its own inverse."""
+    chosen = chosen.to(images.device)
+    for operation in reversed(range(4)):
+        images = _apply(operation, images, chosen[:, operation], rgb_range)
+    return images
+
+
+def _apply(operation, images, chosen, rgb_range):
+    if operation == TRANSPOSE and images.shape[2] != images.shape[3]:
+        if chosen.any() != chosen.all():
+            raise ValueError(f"some images of {images.shape[3]} x {images.shape[2]} transposed, some not: no common size")
+        return images.transpose(2, 3) if chosen.all() else images
+    other = (rgb_range - images if operation == INVERT else images.flip(3) if operation == FLIP_HORIZONTAL
+             else images.flip(2) if operation == FLIP_VERTICAL else images.transpose(2, 3))
+    return torch.where(chosen.view(-1, 1, 1, 1), other, images)
+
+
+class LabelConsistency(Term):
+    """LC: L1(S, T_lc), T_lc the teacher's output on the perturbed LR, mapped back; each operation has probability --lc_p."""
+    needs = frozenset({"teacher"})
+
+    def __init__(self, setting):
+        super().__init__(setting)
+        self.p, self.rgb_range = setting.args.lc_p, setting.args.rgb_range
+
+    @torch.no_grad()
+    def target(self, step):
+        chosen = draw(step.lr, self.p)
+        sr = step.run(step.teacher_net, perturb(step.lr, chosen, self.rgb_range))
+        return restore(sr, chosen, self.rgb_range)
+
+    def forward(self, step):
+        return F.l1_loss(step.student.sr, self.target(step))

@@ -1,0 +1,131 @@
+"""Contrast in the features of a frozen network: near to the teacher, far from bad images.
+
+CSD: Towards Compact Single Image Super-Resolution via Contrastive Self-distillation (Wang et al., IJCAI 2021).
+"""
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from error import UserError
+from loss.frozen import once
+from loss.step import Term
+from loss.vgg import shared_vgg, without_graph
+
+WEIGHTS = 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1
+EPSILON = 1e-7
+
+
+def contrast_l1(student, teacher, negatives, chosen=None):
+    """sum_i w_i d(f_i(T), f_i(S)) / (sum_k d(f_i(S), f_i(N_k)) + 1e-7), d the mean absolute difference.
+
+    student, teacher: for each level i, N x C x H x W; negatives: M x C x H x W. chosen, K x N: the k-th negative of each of
+    the N anchors; without it all M are negatives of every anchor. The differences to the negatives are not kept for the
+    backward pass but computed again there: K of them would take more memory than the networks.
+    """
+    total = 0
+    for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
+        rows = all_of(n, s) if chosen is None else chosen.to(s.device)
+        apart = sum(checkpoint(distance, s, n, row, use_reentrant=False, preserve_rng_state=False) for row in rows)
+        total = total + weight * F.l1_loss(s, t) / (apart + EPSILON)
+    return total
+
+
+def contrast_cos(student, teacher, negatives, chosen=None):
+    """sum_i w_i (-log(exp(cos(T, S)) / (exp(c) + 1e-7))), arguments as of `contrast_l1`; as published:
+
+    cos(T, S) is the cosine along the batch axis, mean over the other axes; in c, samples are flattened and normalised, their
+    elementwise products with each negative are summed over the negatives and averaged over samples and elements.
+    """
+    total = 0
+    for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
+        near = F.cosine_similarity(t, s, dim=0).mean()
+        rows = all_of(n, s) if chosen is None else chosen.to(s.device)
+        products = F.normalize(s.flatten(1)) @ F.normalize(n.flatten(1)).T
+        apart = products.gather(1, rows.T).sum() / s.numel()
+        total = total + weight * (torch.log(apart.exp() + EPSILON) - near)
+    return total
+
+
+def all_of(negatives, anchors):
+    """K x N, each of the K negatives for every one of the N anchors."""
+    return torch.arange(len(negatives), device=anchors.device)[:, None].expand(-1, len(anchors))
+
+
+def distance(anchors, others, row):
+    return F.l1_loss(anchors, others[row])
+
+
+def others_of_the_batch(images, count):
+    """count x N: for each of `images` anchors that many different others, never itself, each as often a negative as any."""
+    shifts = 1 + torch.randperm(images - 1)[:count]
+    return (torch.arange(images) + shifts[:, None]) % images
+
+
+def student_maps(vgg, step):
+    return once(step, "vgg_student", lambda: vgg(step.student.sr))
+
+
+class Contrast(Term):
+    """CSD: contrast in VGG-19's relu1_1, relu2_1, relu3_1, relu4_1, relu5_1, with --d_func L1 or cos.
+
+    Negatives are --neg_num other LR images of the batch, upsampled by the bicubic kernel that LR was made with. Departs from
+    the published code: there an image can be its own negative, VGG gets [0, 255] without ImageNet's normalisation, and a
+    graph of teacher and negatives is kept that nothing uses.
+    """
+    needs = frozenset({"teacher"})
+
+    def __init__(self, setting):
+        super().__init__(setting)
+        self.count = setting.args.neg_num
+        self.contrast = {"L1": contrast_l1, "cos": contrast_cos}[setting.args.d_func]
+        self.require_batch(setting.args.batch_size)
+        object.__setattr__(self, "vgg", shared_vgg(setting))
+
+    def require_batch(self, size):
+        if self.count > size - 1:
+            remedy = f" or --neg_num {size - 1} at most" if size > 1 else ""
+            raise UserError(f"CSD: --neg_num {self.count} negatives are other images of the batch, too many for "
+                            f"--batch_size {size}: give --batch_size {self.count + 1} or more{remedy}")
+
+    def others(self, step):
+        """Maps of the teacher's output and of all upsampled LR images of the batch."""
+        size = step.student.sr.shape[-2:]
+        upsampled = F.interpolate(step.lr, size=size, mode="bicubic", antialias=True)
+        return without_graph(self.vgg, step.teacher.sr, upsampled)
+
+    def forward(self, step):
+        self.require_batch(len(step.lr))
+        teacher, negatives = self.others(step)
+        chosen = others_of_the_batch(len(step.lr), self.count)
+        return self.contrast(student_maps(self.vgg, step), teacher, negatives, chosen)
+
+
+class Perceptual(Term):
+    """VGG: sum_i w_i L1(f_i(S), f_i(HR)) over the levels and weights of CSD, the perceptual loss of pix2pixHD
+
+    (Johnson et al., ECCV 2016; Wang et al., CVPR 2018). EDSR's code takes the squared difference of one layer, conv5_4.
+    """
+    needs = frozenset({"hr"})
+
+    def __init__(self, setting):
+        super().__init__(setting)
+        object.__setattr__(self, "vgg", shared_vgg(setting))
+
+    def forward(self, step):
+        (truth,) = without_graph(self.vgg, step.hr)
+        student = student_maps(self.vgg, step)
+        return sum(weight * F.l1_loss(s, t) for weight, s, t in zip(WEIGHTS, student, truth, strict=True))
+
+
+class TeachersData(Term):
+    """T_DS: L1(T, HR), the teacher's own supervision where it is trained along; 0 from epoch --t_l_remove on."""
+    needs = frozenset({"hr", "teacher", "teacher_graph"})
+
+    def __init__(self, setting):
+        super().__init__(setting)
+        self.end = setting.args.t_l_remove * setting.args.test_every
+
+    def forward(self, step):
+        if step.iteration >= self.end:
+            return step.hr.new_zeros(())
+        return F.l1_loss(step.teacher_graph, step.hr)

@@ -1,0 +1,67 @@
+"""Random degradations of batches of images: blur, resizing and back, noise, in this order."""
+import torch
+import torch.nn.functional as F
+
+RADIUS = 5  # of the largest blur kernel, 11
+
+
+def degrade(images, rgb_range, noise=1, blur=0, resize=0):
+    """N x 3 x H x W in [0, rgb_range] -> the same; noise, blur, resize: the probability of each, per image.
+
+    Strengths are drawn per image, those of resizing for the whole batch. Random numbers are torch's: the noise itself from
+    the generator of the images' device, everything else from the CPU's.
+    """
+    for probability, operation in ((blur, random_blur), (resize, random_resize), (noise, random_noise)):
+        chosen = torch.rand(len(images)) < probability
+        if chosen.any():
+            changed = operation(images, rgb_range)
+            images = torch.where(chosen.to(images.device).view(-1, 1, 1, 1), changed, images).clamp(0, rgb_range)
+    return images
+
+
+def random_noise(images, rgb_range):
+    """Gaussian noise, sigma uniform in [1, 30] out of 255; with probability 0.5 gray, the same in all channels."""
+    sigma = uniform(len(images), 1, 30).view(-1, 1, 1, 1) * (rgb_range / 255)
+    gray = (torch.rand(len(images)) < 0.5).view(-1, 1, 1, 1)
+    noise = torch.randn_like(images)
+    noise = torch.where(gray.to(images.device), noise[:, :1], noise)
+    return images + noise * sigma.to(images)
+
+
+def random_blur(images, _):
+    """Gaussian kernel of an odd size in 3..11, sigma in [0.1, 2] for each axis; edge pixels are repeated beyond the edge."""
+    radius = torch.randint(1, RADIUS + 1, (len(images), 1))
+    for axis in (2, 3):
+        kernels = gaussian(uniform(len(images), 0.1, 2)[:, None], radius).to(images)
+        images = blur_axis(images, kernels, axis)
+    return images
+
+
+def gaussian(sigma, radius):
+    """N x 1 each -> N x 11 kernels of sum 1, zero beyond the radius."""
+    place = torch.arange(-RADIUS, RADIUS + 1)
+    kernel = torch.exp(-0.5 * (place / sigma) ** 2) * (place.abs() <= radius)
+    return kernel / kernel.sum(1, keepdim=True)
+
+
+def blur_axis(images, kernels, axis):
+    """Each image's channels by its own kernel, along axis 2 or 3."""
+    n, c, height, width = images.shape
+    padding = (0, 0, RADIUS, RADIUS) if axis == 2 else (RADIUS, RADIUS, 0, 0)
+    padded = F.pad(images, padding, mode="replicate")
+    kernels = kernels.repeat_interleave(c, 0).view(n * c, 1, *((-1, 1) if axis == 2 else (1, -1)))
+    return F.conv2d(padded.reshape(1, n * c, *padded.shape[2:]), kernels, groups=n * c).view(n, c, height, width)
+
+
+def random_resize(images, _):
+    """To a factor uniform in [0.5, 1.5] of its size and back, each way by area, bilinear or bicubic interpolation."""
+    size = images.shape[2:]
+    factor = uniform(1, 0.5, 1.5).item()
+    for target in ([max(1, round(side * factor)) for side in size], size):
+        mode = ("area", "bilinear", "bicubic")[int(torch.randint(3, ()))]
+        images = F.interpolate(images, size=tuple(target), mode=mode)
+    return images
+
+
+def uniform(count, low, high):
+    return low + (high - low) * torch.rand(count)

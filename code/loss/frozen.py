@@ -1,0 +1,73 @@
+"""Networks that judge images and are never trained: from their released files, or untrained ones for trying things out.
+
+A run holds each once, in `setting.kept`; a term keeps it outside of its own modules (`object.__setattr__`), so that it is
+in no state_dict and no optimiser. A step runs each image through it once, by `once`. `title` is its name in messages.
+"""
+import logging
+import math
+from pathlib import Path
+
+import torch
+
+from model.loading import CheckpointError
+
+log = logging.getLogger("sr")
+
+
+def frozen(setting, name, make):
+    """The network `name` of this run: `make(args)` is called once; no gradients, eval mode, on the run's device."""
+    if name not in setting.kept:
+        setting.kept[name] = make(setting.args).eval().requires_grad_(False).to(setting.device)
+    return setting.kept[name]
+
+
+def once(step, key, compute):
+    """`compute()` of the first term that asks for `key` in this step, for all."""
+    if key not in step.kept:
+        step.kept[key] = compute()
+    return step.kept[key]
+
+
+def require_file(path, name, flag):
+    """Raises CheckpointError with what to do where the released file of a network is not there."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file; get it with bash scripts/download_teacher.sh {name}, name another "
+                              f"place with {flag}, or try things out with --feature_net random")
+
+
+def fill(net, state, path, ignored):
+    """Loads weights strictly: all are there in their shapes, and nothing else but names that begin with one of `ignored`.
+
+    Raises CheckpointError.
+    """
+    wanted = net.state_dict()
+    wrong = [f"no {key}" for key in wanted if key not in state]
+    wrong += [f"{key} too many" for key in state if key not in wanted and not key.startswith(ignored)]
+    wrong += [f"{key} is {list(state[key].shape)}, not {list(wanted[key].shape)}" for key in wanted
+              if key in state and state[key].shape != wanted[key].shape]
+    if wrong:
+        raise CheckpointError(f"{path}: not a {net.title}: {'; '.join(wrong[:4])}"
+                              + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+    net.load_state_dict({key: state[key] for key in wanted})
+    return net
+
+
+def randomise(net, seed=0):
+    """Untrained weights for a network: normal by He et al.'s rule, from a generator of its own."""
+    log.info("--feature_net random: the %s is an untrained one, its terms are for trying things out only", net.title)
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, parameter in net.named_parameters():
+        if parameter.dim() > 1:
+            gain = 1 if name.endswith("embedding.weight") else math.sqrt(2)
+            state[name] = torch.randn(parameter.shape, generator=generator) * (gain / math.sqrt(parameter[0].numel()))
+        else:
+            state[name] = torch.full(parameter.shape, float(name.endswith("weight")))  # of a normalisation; else a bias
+    net.load_state_dict(state)
+    return net
+
+
+def build(network, **sizes):
+    """A new network, whose initial weights take nothing from the run's random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        return network(**sizes)

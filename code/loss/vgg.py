@@ -1,0 +1,65 @@
+"""VGG-19 features of images (Simonyan and Zisserman, ICLR 2015), trained on ImageNet, in torchvision's layout."""
+import torch
+from torch import nn
+
+from error import UserError
+from loss.frozen import build, fill, frozen, randomise, require_file
+from model.loading import read_checkpoint
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
+WIDTHS = 64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512, 512, 512, 512, "pool", 512
+TAPS = 1, 6, 11, 20, 29  # layers after which a map is taken: relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
+IGNORED = "features.30.", "features.32.", "features.34.", "classifier."  # what follows relu5_1
+SMALLEST = 16  # pixels of a side: four poolings leave one
+
+
+class VGG19(nn.Module):
+    """N x 3 x H x W in [0, rgb_range] -> relu1_1 .. relu5_1: N x 64, 128, 256, 512, 512 maps of 1, 1/2, .. 1/16 the size."""
+    title = "VGG-19"
+
+    def __init__(self):
+        super().__init__()
+        layers, before = [], 3
+        for width in WIDTHS:
+            if width == "pool":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(inplace=True)]
+                before = width
+        self.features = nn.Sequential(*layers)
+        self.rgb_range = 255
+
+    def forward(self, images):
+        x = images.float() / self.rgb_range
+        x = (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+        maps = []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in TAPS:
+                maps.append(x)
+        return maps
+
+
+def make_vgg(args):
+    if args.patch_size < SMALLEST:
+        raise UserError(f"--patch_size {args.patch_size}: VGG-19 needs images of {SMALLEST} pixels and more")
+    net = build(VGG19)
+    if args.feature_net == "random":
+        randomise(net)
+    else:
+        require_file(args.vgg_path, "vgg19", "--vgg_path")
+        fill(net, read_checkpoint(args.vgg_path)[1], args.vgg_path, IGNORED)
+    net.rgb_range = args.rgb_range
+    return net
+
+
+def shared_vgg(setting):
+    """The run's VGG-19."""
+    return frozen(setting, "vgg", make_vgg)
+
+
+@torch.no_grad()
+def without_graph(net, *images):
+    """Features of several batches, computed as one: a list of maps for each batch."""
+    maps = net(torch.cat([x.float() for x in images]))
+    return list(zip(*(x.split([len(batch) for batch in images]) for x in maps)))

@@ -1,0 +1,207 @@
+"""The encoder and codebook of a VQGAN (Esser et al., CVPR 2021), in the layout of taming-transformers' released files.
+
+Five levels of ch x ch_mult[i] channels, each half the size of the one before, are residual blocks of group normalisation,
+swish and convolution, with attention at the coarsest. Sizes are read from the file; DCKD uses `f16-1024`: 16 times smaller,
+1024 codes.
+"""
+import pickle
+from collections import OrderedDict
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from loss.frozen import build, fill, frozen, randomise, require_file
+from model.common import pad_to_window
+from model.loading import CheckpointError, read_checkpoint
+
+IGNORED = "decoder.", "post_quant_conv.", "loss."
+F16_1024 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attention=(4,), z_channels=256, embed_dim=256,
+                n_embed=1024)
+LEVELS = 5
+
+
+def normalisation(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, before, channels):
+        super().__init__()
+        self.norm1, self.conv1 = normalisation(before), nn.Conv2d(before, channels, 3, padding=1)
+        self.norm2, self.conv2 = normalisation(channels), nn.Conv2d(channels, channels, 3, padding=1)
+        if before != channels:
+            self.nin_shortcut = nn.Conv2d(before, channels, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Every position attends to every other, with one head."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = normalisation(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Level(nn.Module):
+    def __init__(self, before, channels, blocks, attention, last):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(channels if index else before, channels) for index in range(blocks))
+        self.attn = nn.ModuleList(Attention(channels) for _ in range(blocks if attention else 0))
+        if not last:
+            self.downsample = Downsample(channels)
+
+    def finish(self, x):
+        """What follows the first residual block."""
+        for index, block in enumerate(self.block):
+            x = block(x) if index else x
+            x = self.attn[index](x) if self.attn else x
+        return self.downsample(x) if hasattr(self, "downsample") else x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.block_1, self.block_2 = ResBlock(channels, channels), ResBlock(channels, channels)
+        self.attn_1 = Attention(channels)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, ch, ch_mult, num_res_blocks, attention, z_channels):
+        super().__init__()
+        widths = [ch * factor for factor in ch_mult]
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList(Level(before, width, num_res_blocks, level in attention, level == len(widths) - 1)
+                                  for level, (before, width) in enumerate(zip([ch, *widths], widths)))
+        self.mid = Middle(widths[-1])
+        self.norm_out, self.conv_out = normalisation(widths[-1]), nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+
+
+class VQGAN(nn.Module):
+    """`forward(images)`: N x 3 x H x W in [0, rgb_range] -> the first residual block's output of each level.
+
+    The images are moved to [-1, 1], on which the network was trained (DCKD's published code feeds it [0, 1]), and extended
+    by reflection to multiples of 16, so that the strided convolutions drop no row or column.
+    """
+    title = "VQGAN"
+
+    def __init__(self, ch, ch_mult, num_res_blocks, attention, z_channels, embed_dim, n_embed):
+        super().__init__()
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, attention, z_channels)
+        self.quantize = nn.Module()
+        self.quantize.embedding = nn.Embedding(n_embed, embed_dim)
+        self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
+        self.rgb_range = 255
+
+    def forward(self, images):
+        x = images.float() * (2 / self.rgb_range) - 1
+        return self.maps(pad_to_window(x, 2 ** (len(self.encoder.down) - 1)))
+
+    def maps(self, x):
+        """The five maps of raw input."""
+        x, levels = self.encoder.conv_in(x), self.encoder.down
+        maps = [levels[0].block[0](x)]
+        for finer, level in pairwise(levels):
+            maps.append(level.block[0](finer.finish(maps[-1])))
+        return maps
+
+    def latent(self, last):
+        """z, N x embed_dim x H/16 x W/16, from the last of the five maps: the rest of the encoder, and quant_conv."""
+        x = self.encoder.mid(self.encoder.down[-1].finish(last))
+        return self.quant_conv(self.encoder.conv_out(F.silu(self.encoder.norm_out(x))))
+
+    def code_logits(self, z):
+        """z -> (N h w) x n_embed, whose softmax are the probabilities of the codes, positions in the order n, h, w.
+
+        softmax(max d - d) of the squared distances d = |z|^2 - 2 z e + |e|^2 to the codes e: |z|^2 and max d, the same for
+        all codes of a position, cancel.
+        """
+        codes = self.quantize.embedding.weight
+        return 2 * z.permute(0, 2, 3, 1).flatten(0, 2) @ codes.T - codes.pow(2).sum(1)
+
+
+def recognise(state):
+    """Sizes from names and shapes; raises KeyError for a name that is not there."""
+    ch = state["encoder.conv_in.weight"].shape[0]
+    levels, blocks = (1 + max((int(name.split(".")[place]) for name in state if name.startswith(start)), default=-1)
+                      for start, place in (("encoder.down.", 2), ("encoder.down.0.block.", 4)))
+    widths = [state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
+    return dict(ch=ch, ch_mult=[width // ch for width in widths], num_res_blocks=blocks,
+                attention=[level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in state],
+                z_channels=state["encoder.conv_out.weight"].shape[0], embed_dim=state["quant_conv.weight"].shape[0],
+                n_embed=state["quantize.embedding.weight"].shape[0])
+
+
+class Inert:
+    """Stands for every class that a Lightning file names beside its weights: none of them is imported, nothing is run."""
+
+    def __new__(cls, *_):
+        return OrderedDict()  # which torch's safe reader fills with whatever the object held
+
+
+def read_lightning(path):
+    """`read_checkpoint` of a file that also holds its training's callbacks, by classes that nobody here has installed."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError):  # for read_checkpoint to say what it is
+        names = []
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):
+            return read_checkpoint(path)[1]
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; of the released folder's files, ckpts/last.ckpt is needed, not configs/model.yaml"
+                              ) from None
+
+
+def load_vqgan(path):
+    """The network of a file; raises CheckpointError."""
+    state = read_lightning(path)
+    try:
+        sizes = recognise(state)
+        if len(sizes["ch_mult"]) != LEVELS:
+            raise ValueError(f"{len(sizes['ch_mult'])} levels, not {LEVELS}")
+        net = build(VQGAN, **sizes)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: not a VQGAN: no {error.args[0]}") from None
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{path}: not a VQGAN that is known here: {error}") from None
+    return fill(net, state, path, IGNORED)
+
+
+def make_vqgan(args):
+    if args.feature_net == "random":
+        net = randomise(build(VQGAN, **F16_1024))
+    else:
+        require_file(args.vqgan_path, "vqgan_f16_1024", "--vqgan_path")
+        net = load_vqgan(args.vqgan_path)
+    net.rgb_range = args.rgb_range
+    return net
+
+
+def shared_vqgan(setting):
+    """The run's VQGAN."""
+    return frozen(setting, "vqgan", make_vqgan)
