@@ -2,7 +2,7 @@
 import logging
 
 import option
-from error import run
+from error import UserError, run
 
 
 def main():
@@ -10,7 +10,7 @@ def main():
     import torch  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for it
 
     import loss  # noqa: PLC0415
-    from checkpoint import Experiment, start_logging  # noqa: PLC0415
+    from checkpoint import Experiment, note_failure, start_logging  # noqa: PLC0415
     from data import Crops, make_benchmarks  # noqa: PLC0415
     from device import pick_device  # noqa: PLC0415
     from model import describe  # noqa: PLC0415
@@ -24,9 +24,15 @@ def main():
     criterion = loss.Loss(args.loss, loss.Setting(args, student, teachers, device))
     crops, benchmarks = Crops(args), make_benchmarks(args)
     experiment = Experiment(args)
+    trainer = Trainer(args, student, teachers, criterion, crops, benchmarks, experiment, device)
+    experiment.begin()
     logging.getLogger("sr").info("student: %s%s\nloss: %s", describe(student), "".join(
         f"\nteacher: {describe(net)}" for net in teachers), args.loss)
-    return Trainer(args, student, teachers, criterion, crops, benchmarks, experiment, device).fit()
+    try:
+        return trainer.fit()
+    except UserError as failure:
+        note_failure(failure)
+        raise
 
 
 if __name__ == "__main__":

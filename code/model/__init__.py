@@ -66,9 +66,12 @@ def load_model(path, **override):
     raise CheckpointError(f"{path}: not a checkpoint of {', '.join(NETWORKS)} in a known layout; it begins with {keys}")
 
 
-def load_as_told(path, args, any_scale=False):
-    """`load_model`, taking the flags that were given explicitly for claims about the file: a wrong one is an error."""
-    sizes = args.given & (size_flags() | {"width_mult"}) - ({"scale"} if any_scale else set())
+def load_as_told(path, args, without=()):
+    """`load_model`, taking the flags that were given explicitly, but those in `without`, for claims about the file.
+
+    A wrong one is an error.
+    """
+    sizes = (args.given & (size_flags() | {"width_mult"})) - set(without)
     net = require_rgb(load_model(path, **{key: getattr(args, key) for key in sizes}), path)
     name = save_header(net)["network"]
     if "model" in args.given and args.model != name:
