@@ -11,7 +11,7 @@ import statistics
 import time
 
 import option
-from error import UserError, run
+from error import UserError, run, writing
 
 log = logging.getLogger("sr")
 PATIENCE = 30  # seconds after which a row's rounds are not repeated any more
@@ -54,7 +54,8 @@ def main():
     log.info("\n".join(notes))
 
     folder = option.ROOT / "experiment" / "benchmark"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows((COLUMNS, *rows))
     write_whole(folder / "benchmark.csv", text.getvalue().encode())

@@ -31,7 +31,7 @@ def write_whole(path, data):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror})") from None
+        raise UserError(f"{path}: cannot write ({error.strerror or error})") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -92,7 +92,7 @@ class Experiment:
     """
 
     def __init__(self, args):
-        self.folder = ROOT / "experiment" / Path(args.ckp_dir).expanduser()
+        self.folder = ROOT / "experiment" / args.ckp_dir
         self.args = args
         old = self.folder / "state.pt"
         if args.resume and not old.exists():

@@ -10,7 +10,7 @@ import os
 import numpy as np
 
 import option
-from error import UserError, run
+from error import UserError, run, writing
 
 log = logging.getLogger("sr")
 CROP = 96  # HR pixels a side
@@ -18,7 +18,7 @@ COLUMNS = "network", "dataset", "psnr", "ssim", "parameters", "ms_per_image"
 
 
 def main():
-    args = option.parse()
+    args = option.parse(training=False)
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
     from checkpoint import start_logging, write_whole  # noqa: PLC0415
     from data import make_benchmarks  # noqa: PLC0415
@@ -30,6 +30,9 @@ def main():
     device = pick_device(args)
     ways = {"bicubic": evaluation.by_bicubic(args.scale)}
     ways |= {label: evaluation.by_network(net.to(device), device, args) for label, net in nets.items()}
+    folder = option.ROOT / "experiment" / args.ckp_dir
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     benchmarks = make_benchmarks(args)
     rows = []
     for images in benchmarks:
@@ -41,12 +44,11 @@ def main():
             parameters = sum(p.numel() for p in nets[label].parameters()) if label in nets else 0
             rows.append((label, f"{images.name} x{args.scale}", f"{score.psnr:.3f}", f"{score.ssim:.4f}", f"{parameters}",
                          f"{1000 * score.seconds:.1f}"))
+    longest = max(12, *map(len, ways))
     for row in (COLUMNS, *rows):
         log.info("".join(f"{cell:<{width}}" if k < 2 else f"{cell:>{width}}"
-                         for k, (cell, width) in enumerate(zip(row, (14, 16, 9, 9, 13, 15)))))
+                         for k, (cell, width) in enumerate(zip(row, (longest + 2, 16, 9, 9, 13, 15)))))
 
-    folder = option.ROOT / "experiment" / args.ckp_dir
-    folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows((COLUMNS, *rows))
     write_whole(folder / "compare.csv", text.getvalue().encode())
@@ -58,19 +60,20 @@ def main():
 def load(args):
     """{label: network} of --ckp_path LABEL=FILE+..., where FILE may also be the name of a teacher's network."""
     from model import load_as_told, load_model  # noqa: PLC0415
-    from model.teachers import find_teacher  # noqa: PLC0415
+    from model.teachers import teacher_path  # noqa: PLC0415
 
-    nets = {}
-    for entry in option.parse_list(args.ckp_path) if args.ckp_path else []:
-        label, _, path = entry.rpartition("=")
-        is_file = os.sep in path or "." in path
-        net = load_as_told(path, args) if is_file else load_model(find_teacher(path, args.scale))
-        nets[label or os.path.basename(path)] = net
-    if not nets:
+    named = option.parse_labelled(args.ckp_path)
+    if not named:
         raise UserError("--ckp_path LABEL=FILE+LABEL=FILE says which checkpoints to compare")
-    scales = {label: net.scale for label, net in nets.items()}
-    if len(set(scales.values())) > 1:
-        raise UserError(f"the checkpoints are for different scales: {scales}")
+    if "bicubic" in named:
+        raise UserError(f"--ckp_path {args.ckp_path}: bicubic is what all are compared with; give another label")
+    nets = {}
+    for label, name in named.items():
+        path = teacher_path(name, args.scale, "--ckp_path")
+        nets[label] = load_as_told(path, args) if path == name else load_model(path)
+    if len({net.scale for net in nets.values()}) > 1:
+        scales = ", ".join(f"{label} x{net.scale}" for label, net in nets.items())
+        raise UserError(f"--ckp_path: the checkpoints are for different scales, {scales}; compare those of one scale")
     return nets
 
 

@@ -80,7 +80,9 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
     for name in args.names:
         if name not in RELEASED:
-            parser.error(f"there is no checkpoint {name}: there are {', '.join(RELEASED)}")
+            near = [title for title in RELEASED if title.startswith(f"{name}_x")]
+            parser.error(f"there is no checkpoint {name}: " + (f"say which, {' or '.join(near)}" if near else
+                                                               f"there are {', '.join(RELEASED)}"))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if not args.names:
         log.info("%s", listing())

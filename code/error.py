@@ -1,9 +1,25 @@
 """A user's mistake is answered with one line on stderr and exit status 2, never with a traceback."""
 import sys
+from contextlib import contextmanager
 
 
 class UserError(Exception):
     """What is wrong, where, and what to do about it, in one line."""
+
+    def __init__(self, message):
+        text = str(message)
+        if text.startswith("Caught "):  # from a DataLoader's worker, in its traceback
+            text = text.rpartition(f"{type(self).__name__}: ")[2]
+        super().__init__(" ".join(text.splitlines()))
+
+
+@contextmanager
+def writing(path):
+    """Makes an OSError in it a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror or error}); free the place or give another folder") from None
 
 
 def run(main):
@@ -14,6 +30,11 @@ def run(main):
         sys.exit(fail(error))
     except KeyboardInterrupt:  # before training has its own handler, or a second Ctrl-C
         sys.exit(130)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # raised by a signal handler of PyTorch's, anywhere
+            raise
+        sys.exit(fail("a process that loads training data was killed, most likely for want of memory; go on with --resume 1 "
+                      "and fewer --n_threads"))
 
 
 def fail(error):

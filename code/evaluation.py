@@ -1,8 +1,10 @@
 """Scoring a network on test sets, and writing its images in the background."""
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ import inference
 from data import degrade
 from data.image import write_image
 from device import autocast
-from error import UserError
+from error import UserError, writing
 from metric import psnr, ssim
 
 
@@ -45,7 +47,10 @@ def by_bicubic(scale):
 def score(upscale, images, writer=None, stop=lambda: False):
     """Applies `upscale` to each of `images` -> Score, None where stop() became true; `writer` gets each result."""
     psnrs, ssims, seconds = [], [], 0.0
-    for index, pair in enumerate(tqdm(images.pairs, f"testing {images.name}", unit="image", leave=False)):
+    if writer:
+        writer.prepare(images)
+    for index, pair in enumerate(tqdm(images.pairs, f"testing {images.name}", unit="image", leave=False,
+                                      mininterval=0.1 if sys.stderr.isatty() else 30)):
         if stop():
             return None
         lr, hr = images.lr(index), images.hr(index)
@@ -77,10 +82,23 @@ class Writer:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        while self.waiting:
-            self.waiting.pop(0).result()
-        self.pool.shutdown()
+    def __exit__(self, problem, *_):
+        try:
+            while self.waiting and not problem:
+                self.waiting.pop(0).result()
+        finally:
+            self.pool.shutdown(cancel_futures=True)
+
+    def folder_of(self, images):
+        return self.folder / f"results-{images.name}"
+
+    def prepare(self, images):
+        """Makes the folder of a test set; raises UserError, better before the upscaling than after it."""
+        folder = self.folder_of(images)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
 
     def write(self, images, index, name, sr, lr, hr):
         alpha = images.alpha(index)
@@ -88,7 +106,7 @@ class Writer:
             sr = np.dstack([sr, degrade.upscale(alpha[..., None], images.scale)])
         kinds = {"SR": sr, **({"LR": lr, "HR": hr} if self.save_gt and hr is not None else {})}
         for kind, image in kinds.items():
-            path = self.folder / f"results-{images.name}" / f"{name}_x{images.scale}_{kind}.png"
+            path = self.folder_of(images) / f"{name}_x{images.scale}_{kind}.png"
             self.waiting.append(self.pool.submit(write_image, path, np.array(image)))
         while len(self.waiting) > self.LIMIT:
             self.waiting.pop(0).result()

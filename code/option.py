@@ -5,36 +5,50 @@ import os
 import re
 from pathlib import Path
 
+from error import UserError
 from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "SAN", "SwinIR"
 RDN_NAMES = {"20,6,32": "A", "16,8,64": "B"}
 PUBLISHED_LOSS_FLAGS = ("alpha", "feature_loss_used", "feature_distilation_type")
+SIZES = {flag for preset in TEMPLATES.values() if "model" in preset for flag in preset}
+PATHS = "dir_data", "dir_demo", "dir_cache", "vgg_path", "vqgan_path", "pre_train", "ckp_dir", "ckp_path", "teacher"
+LARGEST = 1e30  # float32 ends soon after, and PyTorch's optimisers end with a traceback
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {' '.join(message.splitlines())}\n")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves out defaults that say nothing."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.default == "":
+            return action.help
+        return super()._get_help_string(action)
 
 
 def make_parser():
     parser = Parser(description="Distil a large super-resolution network into a small one, score it, use it.",
-                    allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    allow_abbrev=False, formatter_class=Help)
 
     group = parser.add_argument_group("machine")
     group.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     group.add_argument("--gpu_id", type=natural, default=0, help="which GPU to use")
-    group.add_argument("--n_threads", type=natural, default=2,
+    group.add_argument("--n_threads", type=up_to_64, default=2,
                        help="processes that load training data; 0 loads in the main one")
     group.add_argument("--precision", choices=("single", "half", "bf16"), default="single",
                        help="of the networks' arithmetic; weights and losses stay float32")
-    group.add_argument("--seed", type=natural, default=1, help="of weights, data order, crops and augmentation")
+    group.add_argument("--seed", type=seed, default=1, help="of weights, data order, crops and augmentation")
 
     group = parser.add_argument_group("data")
     group.add_argument("--dir_data", default=str(ROOT / "dataset"), help="folder that holds the datasets")
-    group.add_argument("--data_train", default="DIV2K", help="training sets, A+B: Sample, DIV2K, or a folder DIR_DATA/A/HR")
-    group.add_argument("--data_test", default="Set5+Set14+B100+Urban100",
+    group.add_argument("--data_train", type=parse_list, default="DIV2K",
+                       help="training sets, A+B: Sample, DIV2K, or a folder DIR_DATA/A/HR")
+    group.add_argument("--data_test", type=parse_once, default="Set5+Set14+B100+Urban100",
                        help="test sets, A+B: Sample, DIV2K, a folder DIR_DATA/benchmark/A/HR or DIR_DATA/A/HR, or Demo")
     group.add_argument("--dir_demo", default=str(ROOT / "demo"), help="folder of your own images for --data_test Demo")
     group.add_argument("--data_range", default="1-800/801-810", help="DIV2K images, train/test")
@@ -45,7 +59,7 @@ def make_parser():
     group.add_argument("--scale", type=int, choices=(2, 3, 4, 8), default=4, help="upscaling factor")
     group.add_argument("--patch_size", type=positive, default=192, help="side of the training crops, in HR pixels")
     group.add_argument("--no_augment", action="store_true", help="no flips and transposes of the crops")
-    group.add_argument("--rgb_range", type=positive_number, default=255,
+    group.add_argument("--rgb_range", type=pixel_range, default=255,
                        help="images reach the losses in [0, this]; published weights of DUKD, DCKD and MCADKD are for 1")
 
     group = parser.add_argument_group("networks (sizes left out: the file's, or those of the published student)")
@@ -58,7 +72,7 @@ def make_parser():
     group.add_argument("--n_resblocks", type=positive, help="residual blocks of EDSR, and of each group of RCAN and SAN")
     group.add_argument("--n_feats", type=positive, help="channels, of all but RDN (SwinIR's embed_dim)")
     group.add_argument("--reduction", type=positive, help="channels per squeezed channel in attention of RCAN and SAN")
-    group.add_argument("--res_scale", type=float, help="factor of EDSR's residual branches")
+    group.add_argument("--res_scale", type=not_negative, help="factor of EDSR's residual branches")
     group.add_argument("--n_inner", type=positive, help="channels of SAN's non-local block")
     group.add_argument("--n_modules", type=positive, help="distillation modules of IMDN")
     group.add_argument("--G0", type=positive, help="channels of RDN")
@@ -85,7 +99,7 @@ def make_parser():
 
     group = parser.add_argument_group("distillation")
     group.add_argument("--loss", default="", help="weighted terms, such as 0.5*DS+0.5*TS+10*SA; replaces the next three")
-    group.add_argument("--alpha", type=float, default=0.5, help="weight of TS; DS gets 1 - alpha")
+    group.add_argument("--alpha", type=probability, default=0.5, help="weight of TS; DS gets 1 - alpha")
     group.add_argument("--feature_loss_used", type=int, choices=(0, 1), default=1, help="0 turns the feature terms off")
     group.add_argument("--feature_distilation_type", "--feature_distillation_type", default="10*SA",
                        help="weighted feature terms: SA, CA, IA, FSP, AT, fitnet, PSA, MMD, RBF")
@@ -93,8 +107,8 @@ def make_parser():
                        help="maps that feature terms compare: 0 head, 1 and 2 in the body, 3 its end")
     group.add_argument("--pool_size", type=positive, default=1, help="pooling of PSA, MMD and RBF")
     group.add_argument("--pool_type", choices=("max", "avg"), default="max", help="pooling of PSA, MMD and RBF")
-    group.add_argument("--P", type=natural, default=2, help="order of RBF's Taylor series")
-    group.add_argument("--rbf_gamma", type=float, default=5, help="gamma of RBF")
+    group.add_argument("--P", type=up_to_100, default=2, help="order of RBF's Taylor series")
+    group.add_argument("--rbf_gamma", type=positive_number, default=5, help="gamma of RBF")
 
     group = parser.add_argument_group("contrastive, distributional and adversarial terms")
     group.add_argument("--feature_net", choices=("released", "random"), default="released",
@@ -128,17 +142,17 @@ def make_parser():
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive, default=200, help="epochs to train")
     group.add_argument("--test_every", type=positive, default=1000, help="batches per epoch; an epoch ends with a test")
-    group.add_argument("--batch_size", type=positive, default=16, help="crops per batch")
+    group.add_argument("--batch_size", type=batch, default=16, help="crops per batch")
     group.add_argument("--optimizer", choices=("ADAM", "SGD", "RMSprop"), default="ADAM", help="optimiser")
     group.add_argument("--lr", type=positive_number, default=1e-4, help="learning rate")
     group.add_argument("--decay", type=parse_decay, default="150-300-450-600",
                        help="epochs after which the rate is multiplied by gamma, or cosine: to 0 over all epochs")
-    group.add_argument("--gamma", type=float, default=0.5, help="factor of step decay")
-    group.add_argument("--momentum", type=float, default=0.9, help="of SGD and RMSprop")
+    group.add_argument("--gamma", type=positive_number, default=0.5, help="factor of step decay")
+    group.add_argument("--momentum", type=fraction, default=0.9, help="of SGD and RMSprop")
     group.add_argument("--betas", type=parse_betas, default="0.9,0.999", help="of ADAM")
-    group.add_argument("--epsilon", type=float, default=1e-8, help="of ADAM and RMSprop")
-    group.add_argument("--weight_decay", type=float, default=0, help="L2 penalty of the weights")
-    group.add_argument("--gclip", type=float, default=0, help="clip the gradient's norm to this; 0: not at all")
+    group.add_argument("--epsilon", type=positive_number, default=1e-8, help="of ADAM and RMSprop")
+    group.add_argument("--weight_decay", type=not_negative, default=0, help="L2 penalty of the weights")
+    group.add_argument("--gclip", type=not_negative, default=0, help="clip the gradient's norm to this; 0: not at all")
     group.add_argument("--ema", type=fraction, default=0, help="decay of the student's moving average, which is then "
                        "what is tested and saved (0.999 in DUKD and DCKD); 0: none")
     group.add_argument("--print_every", type=positive, default=100, help="batches between lines of the log")
@@ -147,7 +161,8 @@ def make_parser():
     group.add_argument("--ckp_dir", default="first_try", help="folder of the run, under experiment/")
     group.add_argument("--resume", type=int, choices=(0, 1), default=0, help="1 continues the run in --ckp_dir exactly")
     group.add_argument("--reset", action="store_true", help="replace a run that --ckp_dir already holds")
-    group.add_argument("--save_every", type=float, default=60, help="seconds between saves of the state to resume from")
+    group.add_argument("--save_every", type=not_negative, default=60,
+                       help="seconds between saves of the state to resume from")
     group.add_argument("--save_models", action="store_true", help="keep the model of every epoch")
     group.add_argument("--save_results", action="store_true", help="write the upscaled test images")
     group.add_argument("--save_gt", action="store_true", help="with --save_results, write LR and HR beside them")
@@ -162,11 +177,12 @@ def make_parser():
     return parser
 
 
-def parse(argv=None):
+def parse(argv=None, training=True):
     """Namespace of all flags, from sys.argv where argv is None; a mistake prints one line and exits with status 2.
 
-    Beyond the flags: `given`, the names of those that were given explicitly; `loss`, the loss string, whichever flags
-    said it; `data_train`, `data_test` and `teacher`, lists.
+    Beyond the flags: `given`, the names of those that were given explicitly (where nothing is trained, width_mult also if a
+    preset says it: it is what to score); `loss`, the loss string, whichever flags said it. `data_train`, `data_test` and
+    `teacher` are lists, and ~ in paths is expanded.
     """
     parser = make_parser()
     defaults = vars(parser.parse_args([]))
@@ -174,35 +190,67 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
 
-    preset = {}
-    for name in filter(None, given.get("template", "").split("+")):
+    names = given["template"].split("+") if given.get("template") else []
+    for name in names:
         if name not in TEMPLATES:
-            parser.error(f"--template {name}: there are {', '.join(TEMPLATES)}")
-        preset.update(TEMPLATES[name])
+            parser.error(f"--template {given['template']}: {name!r} is no preset; there are {', '.join(TEMPLATES)}")
+    preset = joined(names)
     argv_of_preset = [f"--{name}={value}" for name, value in preset.items()]
     preset = {name: getattr(parser.parse_args(argv_of_preset), name) for name in preset}
+    if "model" in given and given["model"] != preset.get("model", given["model"]):
+        parser.error(f"--model {given['model']} beside --template {given['template']}, which has the sizes of "
+                     f"{preset['model']}: give the one or the other")
 
     args = argparse.Namespace(**{**defaults, **preset, **given}, given=frozenset(given))
+    if not training and args.width_mult:
+        args.given |= {"width_mult"}
     said_twice = [f"--{name}" for name in PUBLISHED_LOSS_FLAGS if name in given]
     if args.loss and said_twice:
         parser.error(f"{', '.join(said_twice)} beside the loss string {args.loss}: give the one or the other")
-    if not 0 <= args.alpha <= 1:
-        parser.error(f"--alpha {args.alpha:g} is not in 0..1")
     try:
         args.loss = args.loss or published_loss(args)
         parse_loss(args.loss)
+        for name in PATHS:
+            setattr(args, name, expanded(name, getattr(args, name)))
     except ValueError as error:
         parser.error(str(error))
-    if args.patch_size % args.scale:
+    if training and args.patch_size % args.scale:
         parser.error(f"--patch_size {args.patch_size} (HR pixels) is not a multiple of --scale {args.scale}")
     if args.resume and args.reset:
         parser.error("--resume 1 continues a run and --reset replaces it: give one of them")
     if args.save_gt and not args.save_results:
         parser.error("--save_gt adds to --save_results: give both")
+    experiments = str(ROOT / "experiment")
+    folder, cache = os.path.normpath(os.path.join(experiments, args.ckp_dir)), os.path.join(experiments, "cache")
+    if folder == experiments or f"{folder}/".startswith(f"{cache}/"):
+        parser.error(f"--ckp_dir {args.ckp_dir!r}: {folder} is " + ("the folder of all runs" if folder == experiments else
+                     "where decoded images are kept") + "; give the run a name of its own")
     args.teacher = args.teacher or [args.model]
-    for name in ("data_train", "data_test"):
-        setattr(args, name, parse_list(getattr(args, name)))
     return args
+
+
+def joined(names):
+    """The flags of several presets as one: a later one replaces also what an earlier one says of the same in other flags."""
+    preset = {}
+    for name in names:
+        later = TEMPLATES[name]
+        replaced = {"loss"} if later.keys() & set(PUBLISHED_LOSS_FLAGS) else set()
+        if "loss" in later:
+            replaced |= set(PUBLISHED_LOSS_FLAGS)
+        if "model" in later:
+            replaced |= SIZES
+        preset = {**{flag: value for flag, value in preset.items() if flag not in replaced}, **later}
+    return preset
+
+
+def expanded(name, value):
+    """The path, or the paths, with ~ as the home folder; raises ValueError for that of a user who is not there."""
+    if isinstance(value, list):
+        return [expanded(name, path) for path in value]
+    path = os.path.expanduser(value or "")
+    if path.startswith("~"):
+        raise ValueError(f"--{name} {value}: there is no home folder {path.split(os.sep)[0]}")
+    return path if value else value
 
 
 def published_loss(args):
@@ -223,7 +271,9 @@ def parse_loss(string):
         try:
             weight = float(match[1] or 1)
         except ValueError:
-            raise ValueError(f"loss {string!r}: {match[1]!r} is not a number") from None
+            weight = math.inf
+        if weight > LARGEST:
+            raise ValueError(f"loss {string!r}: {match[1]!r} is not a number, or not a finite one")
         if match[2] in [name for _, name in terms]:
             raise ValueError(f"loss {string!r}: {match[2]} stands there twice")
         terms.append((weight, match[2]))
@@ -238,6 +288,41 @@ def parse_list(string):
     if not all(names):
         raise argparse.ArgumentTypeError(f"{string!r} is not a list such as [A,B] or A+B")
     return names
+
+
+def parse_once(string):
+    """`parse_list` of what may stand there only once."""
+    names = parse_list(string)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise argparse.ArgumentTypeError(f"{string!r}: {twice} stands there twice")
+    return names
+
+
+def parse_labelled(string):
+    """--ckp_path of several, 'LABEL=A+B' -> {label: path}; raises UserError.
+
+    Without a label a file is called by as much of the end of its path as no other one has.
+    """
+    if not string:
+        return {}
+    try:
+        entries = parse_list(string)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--ckp_path {error}") from None
+    entries = [("", "", entry) if os.path.exists(entry) else entry.rpartition("=") for entry in entries]
+    entries = [(label, os.path.expanduser(path)) for label, _, path in entries]
+    paths = [Path(path).parts for label, path in entries if not label]
+    nets = {}
+    for label, path in entries:
+        parts = Path(path).parts
+        tails = (n for n in range(1, len(parts)) if [other[-n:] for other in paths].count(parts[-n:]) == 1)
+        label = label or os.path.join(*parts[-next(tails, len(parts)):]) if parts else label
+        if label in nets or not parts:
+            raise UserError(f"--ckp_path {string}: " + (f"two are called {label}; give each a label of its own, LABEL=FILE"
+                                                        if label in nets else f"{label}= has no file"))
+        nets[label] = path
+    return nets
 
 
 def parse_numbers(string):
@@ -307,7 +392,31 @@ def probability(string):
 
 
 def positive_number(string):
-    return _number(string, float, lambda value: 0 < value < math.inf, "a number above 0")
+    return _number(string, float, lambda value: 0 < value <= LARGEST, "a finite number above 0")
+
+
+def not_negative(string):
+    return _number(string, float, lambda value: 0 <= value <= LARGEST, "a finite number, 0 or more")
+
+
+def pixel_range(string):
+    return _number(string, float, lambda value: 1e-3 <= value <= 65535, "a number in 0.001..65535")
+
+
+def seed(string):
+    return _number(string, int, lambda value: 0 <= value < 2**63, "a whole number in 0..2^63-1")
+
+
+def up_to_64(string):
+    return _number(string, int, lambda value: 0 <= value <= 64, "a whole number in 0..64")
+
+
+def up_to_100(string):
+    return _number(string, int, lambda value: 0 <= value <= 100, "a whole number in 0..100")
+
+
+def batch(string):
+    return _number(string, int, lambda value: 0 < value <= 65536, "a whole number in 1..65536")
 
 
 def _number(string, kind, valid, description):

@@ -3,7 +3,6 @@
 python summary.py --ckp_path student=A.pt+teacher=B.pt     python summary.py --template RCAN_student --scale 4
 """
 import logging
-import os
 
 import option
 from error import run
@@ -19,7 +18,7 @@ forward without --chop or gradients in float32; counted, not measured: what kern
 
 
 def main():
-    args = option.parse()
+    args = option.parse(training=False)
     from checkpoint import start_logging  # noqa: PLC0415 - after the flags: --help should not wait for torch
 
     start_logging()
@@ -35,12 +34,13 @@ def main():
 def load(args):
     """[(label, network)] of --ckp_path LABEL=FILE+..., or else of the one that the flags describe."""
     from model import load_as_told, make_model  # noqa: PLC0415
+    from model.slicing import narrow_twin  # noqa: PLC0415
 
-    nets = []
-    for entry in option.parse_list(args.ckp_path) if args.ckp_path else []:
-        label, _, path = ("", "", entry) if os.path.exists(entry) else entry.rpartition("=")
-        nets.append((label or os.path.basename(path), load_as_told(path, args)))
-    return nets or [(args.template or args.model, make_model(args.model, args))]
+    nets = [(label, load_as_told(path, args)) for label, path in option.parse_labelled(args.ckp_path).items()]
+    if not nets:
+        net = make_model(args.model, args)
+        nets = [(args.template or args.model, narrow_twin(net, args.width_mult) if args.width_mult else net)]
+    return nets
 
 
 def describe(label, net):

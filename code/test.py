@@ -10,18 +10,20 @@ log = logging.getLogger("sr")
 
 
 def main():
-    args = option.parse()
+    args = option.parse(training=False)
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
     from checkpoint import start_logging  # noqa: PLC0415
     from data import make_benchmarks  # noqa: PLC0415
     from device import pick_device  # noqa: PLC0415
     from model import describe, load_as_told  # noqa: PLC0415
-    from model.teachers import find_teacher  # noqa: PLC0415
+    from model.teachers import teacher_path  # noqa: PLC0415
 
     start_logging()
     if not args.ckp_path and args.TS == "S":
         raise UserError("--ckp_path FILE says which checkpoint to score; --TS T scores the teacher found for --teacher")
-    path = Path(args.ckp_path or find_teacher(args.teacher[0], args.scale))
+    if not args.ckp_path and len(args.teacher) > 1:
+        raise UserError(f"--teacher [{','.join(args.teacher)}]: one at a time is scored; compare.py scores several")
+    path = Path(args.ckp_path or teacher_path(args.teacher[0], args.scale))
     net = load_as_told(path, args)
     args.scale = net.scale
     benchmarks = make_benchmarks(args)
@@ -29,7 +31,7 @@ def main():
     net.to(device)
     log.info("%s: %s", path, describe(net))
 
-    folder = option.ROOT / "experiment" / (args.ckp_dir if "ckp_dir" in args.given else path.stem)
+    folder = option.ROOT / "experiment" / args.ckp_dir if "ckp_dir" in args.given else folder_beside(path)
     demo = "Demo" in args.data_test
     upscale = evaluation.by_network(net, device, args)
     with evaluation.Writer(folder, args.save_gt) if args.save_results or demo else nullcontext() as writer:
@@ -39,6 +41,13 @@ def main():
     if writer:
         log.info("images are in %s", folder)
     return 0
+
+
+def folder_beside(path):
+    """Where the images of a checkpoint go unless --ckp_dir says: to its run, or where it is of none, to one of its name."""
+    run_of = path.resolve().parent.parent
+    is_of_a_run = path.match("model_*.pt") and path.resolve().parent.name == "model" and (run_of / "config.txt").is_file()
+    return run_of if is_of_a_run else option.ROOT / "experiment" / path.stem
 
 
 if __name__ == "__main__":

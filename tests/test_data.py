@@ -180,6 +180,17 @@ def test_cache_that_cannot_be_written_is_explained(entry):
     assert "--dir_cache" in message(cache.get, source, "HR", decode)
 
 
+def test_an_interrupted_cache_leaves_no_part(entry, monkeypatch):
+    def stopped(file, array):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    source, cache, decode = entry
+    monkeypatch.setattr(np, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cache.get(source, "HR", decode)
+    assert not list((cache.folder / "HR").iterdir())
+
+
 def test_cache_lies_beside_the_data(tmp_path):
     assert cache_folder(tmp_path, "", tmp_path / "fallback") == tmp_path / "bin"
 
@@ -355,7 +366,7 @@ def test_div2k_is_split_by_data_range(tmp_path, args):
     assert find("DIV2K", args(), train=True).pairs[3].lr.name == "0004x2.png"
 
 
-@pytest.mark.parametrize("data_range", ["7-9/7-9", "some", "1-2-3"])
+@pytest.mark.parametrize("data_range", ["7-9/7-9", "some", "1-2-3", "1-1/1-1/junk", "1-1/junk"])
 def test_data_range_without_images_is_an_error(tmp_path, args, data_range):
     save(tmp_path / "DIV2K" / "DIV2K_train_HR" / "0001.png", noise(16, 16, 3))
     assert "--data_range" in message(find, "DIV2K", args("--data_range", data_range), True)
@@ -389,6 +400,55 @@ def test_empty_folder_is_an_error(tmp_path, args, name):
     (tmp_path / "A" / "HR").mkdir(parents=True)
     (tmp_path / "demo").mkdir()
     assert "no images" in message(find, name, args(), False)
+
+
+@pytest.mark.parametrize("name", ["A", "Demo"])
+def test_images_of_one_name_do_not_become_one_file(tmp_path, args, name):
+    for suffix in ("png", "jpg"):
+        save(tmp_path / ("demo" if name == "Demo" else "A/HR") / f"same.{suffix}", noise(24, 24, 3))
+    if name == "Demo":
+        assert [pair.name for pair in find("Demo", args(), False).pairs] == ["same_jpg", "same_png"]
+    else:
+        text = message(find, "A", args(), False)
+        assert "same.jpg" in text and "same.png" in text
+
+
+def test_a_folder_is_no_image_and_a_link_to_nothing_is_named(tmp_path, args):
+    make_dataset(tmp_path / "A")
+    (tmp_path / "A" / "HR" / "z.png").mkdir()
+    assert len(find("A", args(), True).pairs) == 3
+    (tmp_path / "A" / "HR" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert "gone.png" in message(dataset.Images("A", args(), train=True).prepare)
+
+
+def test_an_image_too_small_to_score_is_found_at_the_start(tmp_path, args):
+    make_dataset(tmp_path / "A", number=1, size=(14, 40))
+    assert "SSIM needs 15" in message(data.make_benchmarks, args("--data_test", "A"))
+
+
+def test_the_smallest_crop_can_be_turned():
+    assert [tuple(dataset.to_tensor(image[::-1, ::-1]).shape) for image in (noise(1, 1, 3), noise(1, 2, 3))] == [
+        (3, 1, 1), (3, 1, 2)]
+
+
+def test_an_error_in_a_worker_is_one_line(tmp_path, args):
+    make_dataset(tmp_path / "A", number=1)
+    flags = args("--data_train", "A", "--ext", "img", "--n_threads", "1")
+    crops = dataset.Crops(flags)
+    (tmp_path / "A" / "HR" / "0.png").write_bytes(b"nothing")
+    assert message(list, data.make_batches(flags, crops, 0, 1)).startswith(str(tmp_path / "A" / "HR" / "0.png"))
+
+
+def test_results_that_cannot_be_written_are_explained_before_the_upscaling(tmp_path, args):
+    make_dataset(tmp_path / "A", number=1)
+    images = dataset.Images("A", args(), train=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results-A").write_text("a file in its place")
+
+    def score():
+        with evaluation.Writer(tmp_path / "out", save_gt=False) as writer:
+            evaluation.score(pytest.fail, images, writer)
+    assert "results-A: cannot write" in message(score)
 
 
 def test_demo_is_not_for_training(args):

@@ -128,6 +128,7 @@ def test_names_are_listed_and_a_wrong_one_is_a_mistake(download):
     assert not status and all(name in out[0] for name in RELEASED)
     status, _, err = download("EDSR_x5")
     assert status == 2 and len(err) == 1 and "SwinIR_x2" in err[0]
+    assert "RCAN: say which, RCAN_x2 or RCAN_x3" in download("RCAN")[2][0]
 
 
 # ---- finding teachers

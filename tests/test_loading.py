@@ -126,7 +126,21 @@ def test_override_that_agrees_or_says_nothing_is_fine(own_file):
 
 def test_missing_file_is_named(tmp_path):
     assert "no such checkpoint file" in message(tmp_path / "none.pt")
-    assert "no such checkpoint file" in message(tmp_path)
+    assert "it is a folder" in message(tmp_path)
+
+
+def test_the_state_of_a_run_is_no_checkpoint(save):
+    assert "model/model_best.pt" in message(save({"student": {}, "optimizer": {}, "iteration": 3}))
+
+
+def test_a_name_of_two_lines_makes_one(save):
+    message(save({"a\nb": torch.zeros(3)}))
+
+
+def test_a_raw_pickle_gets_its_one_line_and_no_warning(tmp_path, recwarn):
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps({"a": Touch(tmp_path / "made")}))
+    assert "safe" in message(tmp_path / "raw.pt")
+    assert not recwarn
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken", b"\x80\x02garbage", b"\x80\x02.",
@@ -141,7 +155,7 @@ def test_file_of_another_kind_is_refused(tmp_path, content):
 def test_cut_off_file_is_refused(own_file, left):
     content = own_file.read_bytes()
     own_file.write_bytes(content[:int(left * len(content))])
-    message(own_file)
+    assert "again" in message(own_file) or "no PyTorch file" in message(own_file)
 
 
 class Touch:
@@ -297,6 +311,14 @@ def test_teacher_that_was_not_released_for_a_scale_says_for_which(folder):
 def test_unknown_teacher_is_refused():
     with pytest.raises(CheckpointError, match=r"--teacher Oracle: neither a file nor one of EDSR,.* RCAN"):
         teachers.find_teacher("Oracle", 2)
+
+
+def test_a_teacher_is_a_file_whatever_its_name(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").touch()
+    assert teachers.teacher_path("weights", 2) == "weights"
+    with pytest.raises(CheckpointError, match="--ckp_path RCAN2: neither"):
+        teachers.teacher_path("RCAN2", 2, "--ckp_path")
 
 
 def test_teachers_are_files_or_found_by_name(folder, own_file):

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 
 import option
+from error import UserError
 
 PUBLISHED_TRAINING = (
     "--ckp_dir overall_distilation/rcan/SA_x4/ --scale 4 --teacher [RCAN] --model RCAN --alpha 0.5 --feature_loss_used 1 "
@@ -50,7 +51,54 @@ def test_explicit_flags_win_over_a_preset_and_later_presets_over_earlier_ones():
 
 
 def test_a_flag_equal_to_its_default_still_wins_over_a_preset():
-    assert parse("--template EDSR --model RCAN").model == "RCAN"
+    assert parse("--template CSD --epochs 200").epochs == 200
+
+
+@pytest.mark.parametrize("template, loss", [
+    ("CSD+FAKD", "0.5*DS+0.5*TS+10*SA"), ("FAKD+CSD", "1*DS+200*CSD+1*T_DS"), ("CSD+EDSR", "1*DS+200*CSD+1*T_DS")])
+def test_the_last_preset_with_a_loss_says_it(template, loss):
+    assert parse(f"--template {template}").loss == loss
+
+
+def test_a_later_network_leaves_no_size_of_an_earlier_one():
+    args = parse("--template EDSR+CARN")
+    assert (args.model, args.n_resblocks, args.res_scale, args.n_feats, args.group) == ("CARN", None, None, 64, 1)
+
+
+def test_a_width_from_a_preset_is_said_of_the_file_where_nothing_is_trained():
+    assert "width_mult" not in parse("--template CSD").given
+    assert option.parse(["--template", "CSD"], training=False).given == {"template", "width_mult"}
+
+
+def test_the_multiple_of_the_scale_matters_only_to_training():
+    assert option.parse(["--patch_size", "7"], training=False).patch_size == 7
+
+
+def test_home_folders_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse("--dir_demo ~/a --ckp_path ~/b.pt --pre_train ~/c --teacher ~/d.pt+RCAN --vgg_path ~/e --dir_cache ~/f")
+    assert (args.dir_demo, args.ckp_path, args.pre_train) == ("/home/me/a", "/home/me/b.pt", "/home/me/c")
+    assert (args.teacher, args.vgg_path, args.dir_cache) == (["/home/me/d.pt", "RCAN"], "/home/me/e", "/home/me/f")
+
+
+@pytest.mark.parametrize("string, nets", [
+    ("", {}), ("a.pt", {"a.pt": "a.pt"}), ("x=a.pt+b/y.pt", {"x": "a.pt", "y.pt": "b/y.pt"}),
+    ("A/m.pt+B/m.pt", {"A/m.pt": "A/m.pt", "B/m.pt": "B/m.pt"}),
+    ("/r/A/model/m.pt+/r/B/model/m.pt+RCAN", {"A/model/m.pt": "/r/A/model/m.pt", "B/model/m.pt": "/r/B/model/m.pt",
+                                              "RCAN": "RCAN"})])
+def test_checkpoints_are_called_by_their_label_or_what_tells_them_apart(string, nets):
+    assert option.parse_labelled(string) == nets
+
+
+@pytest.mark.parametrize("string", ["a++b", "x=a+x=b", "a.pt+a.pt", "x=", "x=+b"])
+def test_a_wrong_list_of_checkpoints_gets_one_line(string):
+    with pytest.raises(UserError, match="--ckp_path"):
+        option.parse_labelled(string)
+
+
+def test_help_says_no_empty_defaults():
+    text = " ".join(option.make_parser().format_help().split())
+    assert "(default: 192)" in text and not any(f"(default: {word})" in text for word in ("None", "False", ""))
 
 
 def test_the_teacher_is_the_students_network_unless_named():
@@ -86,6 +134,16 @@ def test_a_plus_in_the_name_of_an_existing_file_separates_nothing(tmp_path):
     ("--save_gt", "--save_results"),
     ("--no_such_flag", "--no_such_flag"),
     ("--feat [1]", "--feat"),
+    ("--template +", "no preset"), ("--template FAKD+", "no preset"),
+    ("--template CARN_M --model RCAN", "--template CARN_M"),
+    ("--alpha nan", "0..1"), ("--gamma inf", "finite"), ("--momentum 1", "excluded"), ("--epsilon 0", "above 0"),
+    ("--weight_decay -1", "0 or more"), ("--gclip nan", "0 or more"), ("--save_every -1", "0 or more"),
+    ("--rbf_gamma nan", "above 0"), ("--res_scale inf", "0 or more"), ("--img_range nan", "above 0"),
+    ("--seed 9223372036854775808", "2^63"), ("--n_threads 65", "0..64"), ("--P 101", "0..100"), ("--lr 1e300", "finite"),
+    ("--rgb_range 1e9", "65535"), ("--batch_size 1000000000000", "65536"), ("--loss 1e999*DS", "finite"),
+    ("--data_train A++B", "list such as"), ("--data_train ,", "list such as"), ("--data_test Set5+", "list such as"),
+    ("--data_test A+B+A", "twice"), ("--dir_demo ~nobody_here/x", "no home folder ~nobody_here"),
+    ("--ckp_dir=", "folder of all runs"), ("--ckp_dir cache", "a name of its own"), ("--ckp_dir ./cache/x", "decoded"),
 ])
 def test_a_mistake_gets_one_line_and_status_2(line, words, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -70,6 +70,12 @@ def test_several_files_make_a_table(run_main, small_output, tmp_path):
     assert cells[0][3] == f"{count:,}"
 
 
+def test_a_width_gives_the_slice(run_main, small_output):
+    _, out, _ = run_main("summary", "--model RCAN --n_resgroups 1 --n_resblocks 1 --n_feats 32 --width_mult 0.5")
+    count = sum(p.numel() for p in RCAN(4, 1, 1, 16).parameters() if p.requires_grad)
+    assert out[1].split()[3] == f"{count:,}"
+
+
 def test_a_network_described_by_flags(run_main, small_output):
     status, out, _ = run_main("summary", "--model RDN --G0 8 --RDNconfig 2,2,4 --scale 3")
     assert status == 0 and out[1].split()[:3] == ["RDN", "RDN", "x3"]

@@ -229,7 +229,7 @@ def test_nan_in_a_term_names_the_iteration_and_the_terms(run_main, flags, monkey
     ("--loss 1*DS+1*QQ", "no term QQ"),
     ("--loss 0*DS", "nothing would be learned"),
     ("--data_train Nowhere", "download_data.sh"),
-    ("--data_test Nowhere", "--data_train Sample"),
+    ("--data_test Nowhere", "--data_test Sample"),
     ("--patch_size 128", "larger than"),
     ("--teacher missing.pt", "no such checkpoint"),
     ("--teacher VGG", "--teacher VGG"),

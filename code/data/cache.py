@@ -38,14 +38,18 @@ class Cache:
                 np.save(file, array)
             os.replace(part, entry)
         except OSError as error:
+            raise UserError(f"{entry}: cannot write the cache ({error.strerror or error}); give another --dir_cache, or "
+                            "--ext img to do without") from None
+        finally:
             with suppress(OSError):
                 part.unlink()
-            raise UserError(f"{entry}: cannot write the cache ({error.strerror}); give another --dir_cache, or --ext img "
-                            "to do without") from None
         return np.load(entry, mmap_mode="r")
 
     def entry(self, source, kind):
-        status = source.stat()
+        try:
+            status = source.stat()
+        except OSError as error:  # a link that leads nowhere
+            raise UserError(f"{source}: cannot be read ({error.strerror}); repair or remove it") from None
         return self.folder / kind / f"{source.name}.{status.st_size}-{status.st_mtime_ns}.npy"
 
 
@@ -58,7 +62,7 @@ def cache_folder(dataset, dir_cache, fallback):
         if _writable(beside if beside.exists() else dataset):
             return beside
     name = f"{dataset.name}-{hashlib.sha256(str(dataset).encode()).hexdigest()[:8]}"
-    return Path(dir_cache or fallback).expanduser().resolve() / name
+    return Path(dir_cache or fallback).resolve() / name
 
 
 def _writable(folder):

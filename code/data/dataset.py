@@ -10,13 +10,15 @@ from data.image import read_image, read_photo
 from data.source import default_cache, find
 from error import UserError
 
+SMALLEST = 11  # pixels a side that SSIM needs of an image, when `scale` are shaved off each border
+
 
 class Images:
     """The images of one dataset at one scale, decoded on first use (and kept on disk with --ext sep)."""
 
     def __init__(self, name, args, train):
         source = find(name, args, train)
-        self.name, self.pairs, self.scale = name, source.pairs, args.scale
+        self.name, self.pairs, self.scale, self.train = name, source.pairs, args.scale, train
         keep = args.ext == "sep" and name != "Demo"
         dir_cache = args.dir_cache or (default_cache() if name == "Sample" else "")  # a package's folder is no place for it
         self.cache = Cache(cache_folder(source.folder, dir_cache, default_cache()) if keep else None)
@@ -61,6 +63,10 @@ class Images:
             if hr.shape != (lr.shape[0] * self.scale, lr.shape[1] * self.scale, 3):
                 raise UserError(f"{pair.lr}: {lr.shape[1]} x {lr.shape[0]} pixels do not match the {hr.shape[1]} x "
                                 f"{hr.shape[0]} of {pair.hr} at scale {self.scale}")
+            least = 0 if self.train else SMALLEST + 2 * self.scale
+            if min(hr.shape[:2]) < least:
+                raise UserError(f"{pair.hr}: {hr.shape[1]} x {hr.shape[0]} pixels are too few to score at scale "
+                                f"{self.scale}: SSIM needs {least} a side; take the image out")
             sizes.append(hr.shape[:2])
         return sizes
 
@@ -112,7 +118,7 @@ def orient(image, flip_horizontal, flip_vertical, transpose):
 
 def to_tensor(image):
     """H x W x C array -> C x H x W tensor of its own memory."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # ascontiguousarray may keep negative strides
 
 
 class Batches:

@@ -5,7 +5,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-from error import UserError
+from error import UserError, writing
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"))
 PREVIEWED = frozenset((".jpg", ".jpeg"))  # cameras put smaller copies behind the photo
@@ -14,7 +14,9 @@ PREVIEWED = frozenset((".jpg", ".jpeg"))  # cameras put smaller copies behind th
 def list_images(folder):
     """Sorted image files of a folder, empty where there is no such folder."""
     folder = Path(folder)
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.is_dir())
 
 
 def read_image(path):
@@ -66,9 +68,10 @@ def write_image(path, image):
     """Writes a uint8 H x W x 3 or 4 array as PNG: whole or not at all."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        iio.imwrite(part, image, plugin="pillow", extension=".png", compress_level=3)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            iio.imwrite(part, image, plugin="pillow", extension=".png", compress_level=3)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)

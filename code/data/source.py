@@ -1,9 +1,10 @@
 """Where the images of a dataset are: its name on the command line -> pairs of HR and LR files."""
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.image import list_images
+from data.image import SUFFIXES, list_images
 from error import UserError
 from option import ROOT
 
@@ -12,6 +13,8 @@ from option import ROOT
 SAMPLE_TRAIN = ("chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
                 "motorcycle_right.png", "brick.png", "grass.png")
 SAMPLE_TEST = ("astronaut.png", "coffee.png", "retina.jpg", "gravel.png")
+
+KINDS = " ".join(sorted(suffix.removeprefix(".") for suffix in SUFFIXES))
 
 
 @dataclass(frozen=True)
@@ -37,21 +40,22 @@ def find(name, args, train):
         if train:
             raise UserError("--data_train Demo: images to train on go to a folder DIR_DATA/NAME/HR, named --data_train NAME")
         return _demo(Path(args.dir_demo))
-    root = Path(args.dir_data).expanduser()
+    root = Path(args.dir_data)
     if name == "DIV2K":
         return _div2k(root / name, args, train)
     candidates = [root / "benchmark" / name, root / name]
     folder = next((folder for folder in candidates if (folder / "HR").is_dir()), None)
     if folder is None:
-        raise _missing(name, [folder / "HR" for folder in candidates])
+        raise _missing(name, [folder / "HR" for folder in candidates], train)
     return Source(name, folder, tuple(_pairs(list_images(folder / "HR"), folder / "HR",
                                              folder / "LR_bicubic" / f"X{args.scale}", args.scale)))
 
 
-def _missing(name, folders):
+def _missing(name, folders, train):
     looked = " and ".join(map(str, folders))
+    at_hand = "--data_train Sample --data_test Sample" if train else "--data_test Sample"
     return UserError(f"no dataset {name}: looked for {looked}; fetch the published ones with scripts/download_data.sh and "
-                     "name their folder with --dir_data, or use the images at hand: --data_train Sample --data_test Sample")
+                     f"name their folder with --dir_data, or use the images at hand: {at_hand}")
 
 
 def _sample(train):
@@ -68,19 +72,21 @@ def _sample(train):
 def _demo(folder):
     images = list_images(folder)
     if not images:
-        raise UserError(f"{folder}: no images there; name the folder of your own with --dir_demo")
-    return Source("Demo", folder, tuple(Pair(file.stem, None, file) for file in images))
+        raise UserError(f"{folder}: no images there ({KINDS}); name the folder of your own with --dir_demo")
+    stems = [file.stem for file in images]
+    names = [stem if stems.count(stem) == 1 else file.name.replace(".", "_") for stem, file in zip(stems, images)]
+    _check_names(names, images)
+    return Source("Demo", folder, tuple(Pair(name, None, file) for name, file in zip(names, images)))
 
 
 def _div2k(folder, args, train):
     if not (folder / "DIV2K_train_HR").is_dir():
-        raise _missing("DIV2K", [folder / "DIV2K_train_HR"])
+        raise _missing("DIV2K", [folder / "DIV2K_train_HR"], train)
     ranges = args.data_range.split("/")
+    if len(ranges) > 2 or not all(re.fullmatch("[0-9]{1,9}-[0-9]{1,9}", one) for one in ranges):
+        raise UserError(f"--data_range {args.data_range}: not of the form 1-800/801-810")
     chosen = ranges[0] if train else ranges[-1]
-    try:
-        first, last = (int(number) for number in chosen.split("-"))
-    except ValueError:
-        raise UserError(f"--data_range {args.data_range}: not of the form 1-800/801-810") from None
+    first, last = (int(number) for number in chosen.split("-"))
     images = [file for file in list_images(folder / "DIV2K_train_HR")
               if file.stem.isdigit() and first <= int(file.stem) <= last]
     if not images:
@@ -93,7 +99,8 @@ def _div2k(folder, args, train):
 def _pairs(images, hr_folder, lr_folder, scale, only_these=False):
     """Each HR image with the LR image NAMExS of lr_folder, or with None where there is no such folder."""
     if not images:
-        raise UserError(f"{hr_folder}: no images there")
+        raise UserError(f"{hr_folder}: no images there ({KINDS})")
+    _check_names([image.stem for image in images], images)
     if not lr_folder.is_dir():
         return [Pair(image.stem, image, None) for image in images]
     lr_images = {file.stem: file for file in list_images(lr_folder)}
@@ -105,6 +112,14 @@ def _pairs(images, hr_folder, lr_folder, scale, only_these=False):
     if len(lr_images) > len(images) and not only_these:
         raise UserError(f"{lr_folder} holds {len(lr_images)} images, {hr_folder} {len(images)}: they must be the same")
     return pairs
+
+
+def _check_names(names, files):
+    """Raises UserError where two files have one name: what is made of them would be one file."""
+    first = {}
+    for name, file in zip(names, files):
+        if first.setdefault(name, file) != file:
+            raise UserError(f"{first[name]} and {file.name} have one name; rename or remove one of them")
 
 
 def default_cache():

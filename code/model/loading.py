@@ -1,5 +1,6 @@
 """Reading checkpoint files, whatever they are wrapped in, without ever unpickling code."""
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,19 +18,26 @@ def read_checkpoint(path):
     """-> (header of a file of this project or None, {parameter name: tensor}); raises CheckpointError."""
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
+        hint = "; it is a folder, name the file: model/model_best.pt of a run" if path.is_dir() else ""
+        raise CheckpointError(f"{path}: no such checkpoint file{hint}")
     try:
-        content = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the one line that follows says it
+            content = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path}: not a checkpoint that is safe to read: it is no PyTorch file, or holds code beside "
                               "weights") from None
-    except Exception as error:  # whatever a broken file makes the reader raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: broken file ({reason})") from None
+    except PermissionError:
+        raise CheckpointError(f"{path}: its permissions forbid to read it") from None
+    except Exception:  # whatever a broken file makes the reader raise, which says little
+        raise CheckpointError(f"{path}: broken file, or no checkpoint at all ({path.stat().st_size:,} bytes); fetch or copy "
+                              "it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not the weights of a network")
+    if {"student", "optimizer", "iteration"} <= content.keys():
+        raise CheckpointError(f"{path}: no checkpoint but what --resume 1 goes on from; take model/model_best.pt beside it")
     header = {key: content[key] for key in ("network", "config") if key in content}
     for key in NESTED:
         if isinstance(content.get(key), dict):

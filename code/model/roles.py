@@ -1,9 +1,7 @@
 """The student and its teachers, as the flags ask for them."""
-import os
-
 from error import UserError
 from model import inherit, load_as_told, load_model, make_model, require_rgb, slim
-from model.teachers import find_teacher
+from model.teachers import teacher_path
 
 
 def make_networks(args, needs):
@@ -33,12 +31,6 @@ def make_whole(args):
     if args.pre_train or len(args.teacher) > 1:
         raise UserError("--width_mult takes its slice of one network: give one --teacher, or --pre_train")
     return load_as_told(teacher_path(args.teacher[0], args.scale), args, without={"width_mult"})
-
-
-def teacher_path(name, scale):
-    """The file of a teacher that is named by its path or by its network."""
-    is_file = os.path.exists(name) or os.sep in name or "." in name
-    return name if is_file else find_teacher(name, scale)
 
 
 def make_student(args):
