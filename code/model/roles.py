@@ -8,17 +8,18 @@ from model.teachers import find_teacher
 def make_networks(args, needs):
     """-> (student, teachers); no teachers where nothing needs one.
 
-    The student is new, or starts from --pre_train, or from the teacher's channels (--init_from_teacher), or is a slice of
+    The student is new, or starts from --pre_train, or from the teacher's weights (--init_from_teacher), or is a slice of
     the teacher that shares its weights (--width_mult).
     """
     if args.width_mult:
         whole = make_teachers(args)[0] if "teacher" in args.given else make_student(args)
         return slim(whole, args.width_mult), [whole]
     student = make_student(args)  # first: the same seed gives the same student, whatever teaches it
-    teachers = make_teachers(args) if "teacher" in needs or args.init_from_teacher else []
+    asked = bool(needs & {"teacher", "teacher_net"})
+    teachers = make_teachers(args) if asked or args.init_from_teacher else []
     if args.init_from_teacher:
         inherit(student, teachers[0])
-    return student, teachers if "teacher" in needs else []
+    return student, teachers if asked else []
 
 
 def make_student(args):
@@ -39,12 +40,16 @@ def make_student(args):
     return student
 
 
+def teacher_files(args):
+    """The checkpoint file of each of --teacher."""
+    return [name if os.path.exists(name) or os.sep in name or "." in name else find_teacher(name, args.scale)
+            for name in args.teacher]
+
+
 def make_teachers(args):
     """The teachers of --teacher: checkpoint files, or names of networks whose checkpoint is in teacher_checkpoint/."""
     teachers = []
-    for name in args.teacher:
-        is_file = os.path.exists(name) or os.sep in name or "." in name
-        path = name if is_file else find_teacher(name, args.scale)
+    for path in teacher_files(args):
         net = require_rgb(load_model(path, scale=args.scale), path)
         net.rgb_range = args.rgb_range
         teachers.append(net)
