@@ -9,7 +9,7 @@ from conftest import ROOT
 import loss
 import option
 
-TRAINING = sorted((ROOT / "scripts").glob("train_*.sh"))
+TRAINING = sorted((ROOT / "scripts").glob("*_x[2348].sh"))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,21 @@ def test_a_training_script_passes_valid_flags_and_the_users_own(checkout, script
     assert loss.parse(args.loss)
     scale = int(script.stem.rpartition("_x")[2])
     assert args.scale == scale and args.patch_size == 48 * scale
-    if script.stem.split("_")[1] in ("rcan", "edsr", "san"):
-        assert args.model == script.stem.split("_")[1].upper()
+    network = next(name for name in option.NETWORKS if f"_{name.lower()}_" in script.stem)
+    assert args.model == network and args.teacher == [network]
+    if script.stem.startswith("train_"):
         assert args.loss == ("1*DS" if "baseline" in script.stem else "0.5*DS+0.5*TS+10*SA")
+    names = [name for _, name in args.upcycle]
+    if script.stem.startswith("dukd_"):
+        assert (args.loss, args.n_zoom_in, names) == {
+            "EDSR": ("5*DS+1*TS", 2, ["zoom_in", "zoom_out"]), "RCAN": ("1*DS+1*TS", 1, ["zoom_in"]),
+            "SwinIR": ("5*DS+1*TS", 1, ["zoom_in"])}[network]
+        assert (args.label_consistency, args.ema, args.betas, args.batch_size) == (0.3, 0.999, (0.9, 0.99), 16)
+        assert (args.lr, args.decay, args.gamma) == (1e-4, [100_000, 200_000], 0.1) and args.epochs == 3
+    if script.stem.startswith("dckd_star"):
+        assert "DCR" in args.loss and names == ["zoom_in"] and args.view_terms == ["TS"]
+    elif script.stem.startswith("dckd"):
+        assert "DCR" in args.loss and not names
 
 
 def test_there_is_a_script_for_each_published_fakd_experiment():
@@ -48,6 +60,12 @@ def test_there_is_a_script_for_each_published_fakd_experiment():
     assert names >= {f"train_{net}_{kind}_x{scale}" for net in ("rcan", "edsr") for kind in ("SA", "baseline")
                      for scale in (2, 3, 4, 8)}
     assert names >= {f"train_san_{kind}_x{scale}" for kind in ("SA", "baseline") for scale in (2, 3, 4)}
+
+
+def test_there_is_a_script_for_each_experiment_with_upcycled_data():
+    names = {script.stem for script in TRAINING}
+    assert names >= {f"dukd_{net}_x{scale}" for net in ("edsr", "rcan", "swinir") for scale in (2, 3, 4)}
+    assert names >= {f"dckd_star_{net}_x{scale}" for net in ("rcan", "swinir") for scale in (2, 3, 4)}
 
 
 def test_the_teacher_download_keeps_the_users_folder_and_flags(checkout):
