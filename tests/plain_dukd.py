@@ -4,10 +4,17 @@ The teacher runs with a graph, and the backward pass computes gradients of its w
 LR is downscaled on the CPU, image by image; the student is updated twice, and the second update's gradients are added to
 those of the first. The inverse of label consistency is in the right order, unlike there.
 """
+import copy
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
+import loss
+import option
 from data import degrade
+from data.views import plan
+from trainer import Trainer, make_optimizer
 
 FLIP = {1: (2,), 2: (1,)}  # operation: axes of 3 x H x W
 
@@ -53,3 +60,29 @@ def plain_step(student, teacher, optimizer, lr, hr, tiles, operations, weights=(
     sum(losses[1:]).backward()
     optimizer.step()
     return losses
+
+
+def make_trainer(student, teacher, line, device="cpu"):
+    """A Trainer that has no data and no folder: for its `step` alone."""
+    args = option.parse(["--epochs", "1", "--test_every", "1", *line.split()])
+    criterion = loss.Loss(args.loss, loss.Setting(args, student, [teacher], device, plan(args))).to(device)
+    return Trainer(args, student, [teacher], criterion, None, [], SimpleNamespace(state=None), torch.device(device))
+
+
+def two_ways(student, teacher, lr, hr, device="cpu", more=""):
+    """-> (ours, plain): functions that each do one step of the template DUKD on a batch of uint8 on the CPU.
+
+    Each has copies of the networks of its own; `more`: further flags for ours, such as --precision bf16.
+    """
+    scale, count = student.scale, len(lr)
+    loop = make_trainer(copy.deepcopy(student), copy.deepcopy(teacher),
+                        f"--template DUKD --scale {scale} --patch_size {hr.shape[2]} --batch_size {count} {more}", device)
+    pupil, master = (copy.deepcopy(net).to(device) for net in (student, teacher))
+    optimizer = make_optimizer(loop.args, pupil.parameters())
+    tiles = loop.args.n_zoom_in
+
+    def plain():
+        drawn = torch.multinomial(torch.ones(count, scale ** 2), tiles)
+        operations = [torch.rand(many, 4) < loop.args.label_consistency for many in (count, tiles * count, count)]
+        return plain_step(pupil, master, optimizer, lr.to(device), hr.to(device), drawn, operations)
+    return lambda: loop.step(lr, hr), plain

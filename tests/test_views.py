@@ -1,12 +1,11 @@
 """Views of a batch, label consistency on the student's side, and the step that sums them, against DUKD's plain way."""
 import csv
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from plain_dukd import plain_loss, plain_views
+from plain_dukd import make_trainer, plain_loss, plain_views, two_ways
 from test_training import assert_same_weights, flags, teacher  # noqa: F401 - fixtures
 
 import loss
@@ -18,7 +17,6 @@ from error import UserError
 from loss.consistency import draw, on_perturbed
 from model.edsr import EDSR
 from model.rcan import RCAN
-from trainer import Trainer
 
 SMALL = dict(n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4)
 
@@ -232,16 +230,14 @@ def test_a_perturbed_input_is_mapped_back_on_output_and_maps():
 
 # ---- the step of the trainer, against the plain way
 
-def make_trainer(student, net, line, terms="5*DS+1*TS"):
-    args = parse(f"--cpu --scale 2 --patch_size 16 --epochs 1 --test_every 1 --loss {terms} " + line)
-    criterion = loss.Loss(args.loss, loss.Setting(args, student, [net], views=plan(args)))
-    return Trainer(args, student, [net], criterion, None, [], SimpleNamespace(state=None), torch.device("cpu"))
+STEP = "--cpu --scale 2 --patch_size 16 "
 
 
 def test_the_step_has_the_values_and_gradients_of_the_plain_way():
     torch.manual_seed(0)
     student, net = RCAN(2, **SMALL), EDSR(2, n_resblocks=2, n_feats=12)
-    loop = make_trainer(student, net, "--upcycle 1*zoom_in+1*zoom_out --n_zoom_in 2 --label_consistency 0.5 --lr 1e-30")
+    loop = make_trainer(student, net, STEP + "--loss 5*DS+1*TS --upcycle 1*zoom_in+1*zoom_out --n_zoom_in 2 "
+                        "--label_consistency 0.5 --lr 1e-30")
     lr, hr = batch(2, count=4)
     torch.manual_seed(5)
     values = loop.step(lr, hr)
@@ -261,6 +257,16 @@ def test_the_step_has_the_values_and_gradients_of_the_plain_way():
         assert (found[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
 
 
+def test_both_ways_of_the_benchmark_learn_the_same():
+    torch.manual_seed(0)
+    ours, plain = two_ways(RCAN(2, **SMALL), EDSR(2, n_resblocks=1, n_feats=8), *batch(2, count=3), more="--lr 1e-3 --cpu")
+    first = ours().sum().item(), sum(plain()).item()
+    assert first[0] == pytest.approx(first[1], rel=0.3)
+    for _ in range(20):
+        last = ours().sum().item(), sum(plain()).item()
+    assert last[0] < 0.99 * first[0] and last[1] < 0.99 * first[1]
+
+
 def test_the_teacher_runs_without_a_graph_once_per_size_and_only_where_asked(monkeypatch):
     student, net = RCAN(2, **SMALL), EDSR(2, n_resblocks=1, n_feats=8)
     calls = []
@@ -274,16 +280,16 @@ def test_the_teacher_runs_without_a_graph_once_per_size_and_only_where_asked(mon
             ("1*DS+1*TS+1*SA", "--view_terms SA", [(12, True, False), (4, True, False)]),
             ("1*DS+1*TS+1*T_DS", "", [(8, False, False), (4, False, False), (4, False, True)])):
         calls.clear()
-        make_trainer(student, net, upcycle + more, terms).step(*batch(2, count=4))
+        make_trainer(student, net, f"{STEP} --loss {terms} {upcycle} {more}").step(*batch(2, count=4))
         assert calls == expected, (terms, more)
     calls.clear()
-    make_trainer(student, net, "--upcycle zoom_out", "1*DS").step(*batch(2, count=4))
+    make_trainer(student, net, STEP + "--loss 1*DS --upcycle zoom_out").step(*batch(2, count=4))
     assert not calls
 
 
 def test_terms_that_remember_are_updated_once_from_the_plain_view(monkeypatch):
     student, net = RCAN(2, **SMALL), EDSR(2, n_resblocks=1, n_feats=8)
-    loop = make_trainer(student, net, "--upcycle zoom_in+zoom_out --label_consistency 0.3", "1*DS+1*TS+0.1*GAN")
+    loop = make_trainer(student, net, STEP + "--loss 1*DS+1*TS+0.1*GAN --upcycle zoom_in+zoom_out --label_consistency 0.3")
     seen = []
     for term in loop.loss.terms.values():
         monkeypatch.setattr(term, "update", lambda step: seen.append(step.view))
