@@ -111,8 +111,8 @@ class Trainer:
     def look(self, lr, hr, answers):
         """A Step for each view of the batch, the plain one first: what student and teacher make of it.
 
-        The student sees its inputs perturbed, as --label_consistency says, its outputs are mapped back. The teacher is not
-        run where no term looks at it, or where its answers are all that is asked for and there already.
+        The student sees its inputs perturbed, as --label_consistency says, and its outputs are mapped back. answers: those
+        of the teachers, where they were asked once and no term needs more of the plain view (data/teacher_cache.py).
         """
         views = make_views(lr.to(self.device, non_blocking=True), hr.to(self.device, non_blocking=True), self.args)
         for view in views:
@@ -121,22 +121,32 @@ class Trainer:
         students = together(self.run_student, views, ["features" in need for need in needs])
         drawn = self.draw_teacher()
         net = None if drawn is None else self.teachers[drawn]
-        teachers, graph = [None] * len(views), None
-        if answers is not None and not needs[0] & {"features", "teacher_graph"}:
-            answers = answers[:, 3 * drawn:3 * drawn + 3].to(self.device, non_blocking=True)
-            teachers[0] = Output(self.to_input(decode(answers)))
-        for trained in (False, True):
-            asked = [index for index, need in enumerate(needs)
-                     if "teacher" in need and not teachers[index] and trained == ("teacher_graph" in need)]
-            with torch.set_grad_enabled(trained):
-                found = together(partial(self.run, net), [views[index] for index in asked],
-                                 ["features" in needs[index] for index in asked])
-            for index, output in zip(asked, found):
-                teachers[index], graph = output.detach(), output.sr if trained else None
-        return [Step(view.lr, view.hr, student, teacher, graph if view is views[0] else None, view.name, view.weight,
+        known = None if answers is None else Output(self.to_input(decode(self.part_of(answers, drawn))))
+        teachers = self.ask(net, views, needs, known)
+        return [Step(view.lr, view.hr, student, teacher and teacher.detach(),
+                     teacher.sr if "teacher_graph" in need else None, view.name, view.weight,
                      iteration=self.iteration, student_net=self.student, teacher_net=net,
                      average=self.average or self.student, run=lambda net, x: self.run(net, x, features=False).sr)
-                for view, student, teacher in zip(views, students, teachers)]
+                for view, need, student, teacher in zip(views, needs, students, teachers)]
+
+    def ask(self, net, views, needs, known):
+        """The teacher's Output on each view, None where no term looks at it; with a graph where one trains the teacher.
+
+        known: that on the plain view where it was asked before, else None.
+        """
+        outputs = {0: known} if known else {}
+        for graph in (False, True):
+            asked = [index for index, need in enumerate(needs)
+                     if "teacher" in need and index not in outputs and graph == ("teacher_graph" in need)]
+            with torch.set_grad_enabled(graph):
+                found = together(partial(self.run, net), [views[index] for index in asked],
+                                 ["features" in needs[index] for index in asked])
+            outputs.update(zip(asked, found))
+        return [outputs.get(index) for index in range(len(views))]
+
+    def part_of(self, answers, drawn):
+        """Those of one of several teachers, on the device."""
+        return answers[:, 3 * drawn:3 * drawn + 3].to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def update_average(self):

@@ -68,6 +68,34 @@ def test_there_is_a_script_for_each_experiment_with_upcycled_data():
     assert names >= {f"dckd_star_{net}_x{scale}" for net in ("rcan", "swinir") for scale in (2, 3, 4)}
 
 
+def test_the_comparison_of_methods_passes_valid_flags_and_tabulates(checkout):
+    metrics = checkout / "experiment" / "compare_methods" / "TS_2" / "metrics.csv"
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    header = "epoch,iteration,dataset,scale,psnr,ssim\n"
+    metrics.write_text(header + "1,9,Set5,2,30.0,0.9\n2,18,Set5,2,31.0,0.9\n")
+    (metrics.parent / "state.pt").touch()
+    (checkout / "experiment" / "compare_methods" / "TS_1").mkdir(exist_ok=True)
+    (metrics.parent.parent / "TS_1" / "metrics.csv").write_text(header + "2,18,Set5,2,32.0,0.9\n")
+    ran = subprocess.run(["bash", str(checkout / "scripts" / "compare_methods.sh"), "--scale", "2", "--epochs", "3"],
+                         capture_output=True, text=True, check=True, cwd="/", env={**os.environ, "LC_ALL": "C"})
+    *runs, table = ran.stdout.split("== ")[1:]
+    found = {}
+    for run in runs:
+        title, entry, *argv = run.splitlines()
+        assert entry == str(checkout / "code" / "train.py")
+        found[title] = option.parse(argv)
+    assert len(found) == 21 and table.splitlines()[1] == "TS             Set5       31.500 +- 0.500  2"
+    for title, args in found.items():
+        assert loss.parse(args.loss) and (args.epochs, args.decay, args.ema, args.lr) == (3, "cosine", 0.999, 2e-4), title
+        assert args.ckp_dir == "compare_methods/" + title.replace(", seed ", "_")
+        assert args.resume == (title == "TS, seed 2")
+    assert found["DUKD_inherit, seed 1"].init_from_teacher and found["DUKD_inherit, seed 1"].loss == "5*DS+1*TS"
+    assert found["TS_cached, seed 3"].cache_teacher and found["TS_cached, seed 3"].seed == 3
+    ran = subprocess.run(["bash", str(checkout / "scripts" / "compare_methods.sh")], capture_output=True, text=True,
+                         check=False, env={**os.environ, "METHODS": "scratch magic"})
+    assert ran.returncode == 2 and "there is no magic" in ran.stderr and not ran.stdout
+
+
 def test_the_teacher_download_keeps_the_users_folder_and_flags(checkout):
     ran = subprocess.run(["bash", str(checkout / "scripts" / "download_teacher.sh"), "SwinIR_x2", "--dir", "here"],
                          capture_output=True, text=True, check=True, cwd="/")
