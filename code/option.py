@@ -105,7 +105,7 @@ def make_parser():
                             "truth is LR")
     group.add_argument("--n_zoom_in", type=positive, default=1, help="tiles of zoom_in per image")
     group.add_argument("--view_terms", type=parse_names, default="",
-                       help="terms that look at these views too, A+B (default: all that can, but those that compare maps)")
+                       help="terms that look at these views too, A+B; left out: all that can, but those that compare maps")
     group.add_argument("--label_consistency", type=probability, default=0,
                        help="probability of each of four operations (inverted colours, two flips, transpose) on an image "
                             "that the student sees; its output is mapped back (0.3 in DUKD)")

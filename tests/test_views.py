@@ -189,9 +189,9 @@ def test_terms_that_compare_maps_look_at_views_only_where_asked():
 
 
 def test_every_other_term_works_on_the_views_it_has_the_means_for():
-    criterion = make_criterion("DS+TS+LC+CSD+VGG+NCE+GAN+T_DS", "zoom_in", "--nce_patch_size 8")
-    assert criterion.looks_at("zoom_in", False) == ["TS", "LC", "CSD", "NCE"]
-    assert criterion.looks_at("zoom_out", True) == ["DS", "TS", "LC", "CSD", "VGG", "NCE", "GAN"]
+    criterion = make_criterion("DS+TS+LC+NCE+GAN+T_DS", "zoom_in", "--nce_patch_size 8")
+    assert criterion.looks_at("zoom_in", False) == ["TS", "LC", "NCE"]
+    assert criterion.looks_at("zoom_out", True) == ["DS", "TS", "LC", "NCE", "GAN"]
 
 
 @pytest.mark.parametrize("string, upcycle, more, words", [
@@ -306,8 +306,8 @@ def rows(path):
 
 @pytest.mark.parametrize("more", [
     "--template DUKD --n_resgroups 1",
-    "--template DUKD_RCAN --loss 1*DS+1*TS+1*SA+1*fitnet --view_terms TS+SA+fitnet",
-    "--loss 1*DS+1*TS+1*LC+1*NCE+0.1*GAN --upcycle zoom_out+0.5*zoom_in --nce_patch_size 8 --precision bf16 --rgb_range 1",
+    "--template DUKD_RCAN --loss 1*DS+1*TS+1*SA+1*fitnet --view_terms TS+SA+fitnet --precision bf16",
+    "--loss 1*DS+1*TS+1*LC+1*NCE+0.1*GAN --upcycle zoom_out+0.5*zoom_in --nce_patch_size 8 --rgb_range 1",
 ])
 def test_runs_with_views_train(run_main, flags, teacher, tmp_path, more):  # noqa: F811
     status, out, _ = run_main("train", f"{flags} {more} --teacher {teacher} --epochs 1 --test_every 2 --batch_size 4")
