@@ -77,8 +77,19 @@ class _Terminal(logging.Handler):
         sys.stdout.flush()
 
 
+def note_failure(error):
+    """Writes the error that ends a run to its log file; the terminal gets it from `error.run`."""
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "error: %s", (error,), None)
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.emit(record)
+
+
 class Experiment:
-    """The folder of one run. `state` is what an earlier part of it saved to go on from, else None."""
+    """The folder of one run. `state` is what an earlier part of it saved to go on from, else None.
+
+    Nothing is written before `begin`, so that a run that cannot start leaves the folder as it was.
+    """
 
     def __init__(self, args):
         self.folder = ROOT / "experiment" / Path(args.ckp_dir).expanduser()
@@ -90,15 +101,20 @@ class Experiment:
             raise UserError(f"{self.folder} already holds a run: --resume 1 continues it, --reset replaces it, another "
                             "--ckp_dir leaves it alone")
         self.state = self._load(old) if args.resume else None
+
+    def begin(self):
+        """Takes the folder: makes it, locks it against a second run, removes what --reset replaces, starts the log."""
         try:
             (self.folder / "model").mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder / ".lock")
+            if self.args.reset:
+                for pattern in OWN_FILES:
+                    for file in self.folder.glob(pattern):
+                        file.unlink()
+            log_to(self.folder / "log.txt")
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot make the folder ({error.strerror})") from None
-        if args.reset:
-            for pattern in OWN_FILES:
-                for file in self.folder.glob(pattern):
-                    file.unlink()
-        log_to(self.folder / "log.txt")
+            raise UserError(f"{error.filename or self.folder}: cannot write there ({error.strerror}); give another --ckp_dir"
+                            ) from None
         self._write_config()
 
     def _load(self, path):
@@ -111,7 +127,7 @@ class Experiment:
         config = {name: value for name, value in sorted(vars(self.args).items()) if name not in NOT_OF_THE_RUN}
         text = "".join(f"{name}: {value}\n" for name, value in config.items())
         path = self.folder / "config.txt"
-        if self.state and path.exists():
+        if self.args.resume and path.exists():
             before = dict(line.split(": ", 1) for line in path.read_text(encoding="utf-8").splitlines() if ": " in line)
             for name, value in config.items():
                 if name in before and before[name] != str(value):
@@ -120,7 +136,6 @@ class Experiment:
 
     def save_state(self, state):
         save_whole(state, self.folder / "state.pt")
-        self.state = None  # superseded; the weights need not be kept twice
 
     def save_models(self, net, is_best, epoch):
         names = ["model_latest.pt"] + ["model_best.pt"] * is_best + [f"model_{epoch}.pt"] * self.args.save_models
@@ -160,6 +175,19 @@ class Experiment:
 
 def with_total(losses):
     return {"total": sum(losses.values()), **losses}
+
+
+def lock(path):
+    """An open file whose lock no other process holds; it ends with the process. Raises UserError where one does."""
+    file = path.open("w")
+    try:
+        import fcntl  # noqa: PLC0415 - not on every system; where it is missing nothing is locked
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path.parent}: another run is writing there; wait for it, or give another --ckp_dir") from None
+    except (ImportError, OSError):  # some network file systems know no locks
+        pass
+    return file
 
 
 def draw_curve(points, label):

@@ -62,9 +62,10 @@ def count(net):
     from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415 - not "meta": that has no autocast
     from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
 
+    from memory import LiveMemory  # noqa: PLC0415
     from model.swinir import shift_mask  # noqa: PLC0415
 
-    convolutions, attention, memory = FlopCounterMode(display=False), fused_attention(), live_memory()
+    convolutions, attention, memory = FlopCounterMode(display=False), fused_attention(), LiveMemory()
     shift_mask.cache_clear()
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), memory, convolutions, attention:
@@ -90,32 +91,6 @@ def fused_attention():
             return query.new_empty(*query.shape[:-1], value.shape[-1])
 
     return FusedAttention()
-
-
-def live_memory():
-    """Mode that adds up the bytes of the tensors made in it as long as they live; `peak`, the most at once."""
-    from torch.multiprocessing.reductions import StorageWeakRef  # noqa: PLC0415
-    from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC0415
-    from torch.utils._pytree import tree_leaves  # noqa: PLC0415
-
-    class LiveMemory(TorchDispatchMode):
-        peak = 0
-
-        def __init__(self):
-            super().__init__()
-            self.live = {}
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            for tensor in tree_leaves(out):
-                if hasattr(tensor, "untyped_storage"):
-                    storage = tensor.untyped_storage()
-                    self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-            self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
-            self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-            return out
-
-    return LiveMemory()
 
 
 if __name__ == "__main__":

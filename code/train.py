@@ -2,7 +2,7 @@
 import logging
 
 import option
-from error import run
+from error import UserError, run
 
 
 def main():
@@ -10,7 +10,7 @@ def main():
     import torch  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for it
 
     import loss  # noqa: PLC0415
-    from checkpoint import Experiment, start_logging  # noqa: PLC0415
+    from checkpoint import Experiment, note_failure, start_logging  # noqa: PLC0415
     from data import Crops, make_benchmarks, teacher_cache, views  # noqa: PLC0415
     from device import pick_device  # noqa: PLC0415
     from model import describe  # noqa: PLC0415
@@ -25,11 +25,17 @@ def main():
     criterion = loss.Loss(args.loss, setting)
     crops, benchmarks = Crops(args), make_benchmarks(args)
     experiment = Experiment(args)
-    logging.getLogger("sr").info("student: %s%s\nloss: %s", describe(student), "".join(
-        f"\nteacher: {describe(net)}" for net in teachers), args.loss)
+    trainer = Trainer(args, student, teachers, criterion, crops, benchmarks, experiment, device)
     if args.cache_teacher:
         teacher_cache.prepare(crops, criterion, setting, teacher_files(args), device)
-    return Trainer(args, student, teachers, criterion, crops, benchmarks, experiment, device).fit()
+    experiment.begin()
+    logging.getLogger("sr").info("student: %s%s\nloss: %s", describe(student), "".join(
+        f"\nteacher: {describe(net)}" for net in teachers), args.loss)
+    try:
+        return trainer.fit()
+    except UserError as failure:
+        note_failure(failure)
+        raise
 
 
 if __name__ == "__main__":

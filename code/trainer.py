@@ -20,6 +20,7 @@ from error import UserError
 from loss import Output, Step
 from loss.consistency import on_perturbed
 from option import Iterations
+from model import describe
 
 log = logging.getLogger("sr")
 
@@ -41,12 +42,16 @@ class Trainer:
         self.iteration, self.iterations = 0, args.epochs * args.test_every
         self.history = []  # a dict an epoch: what the CSV files and curves show
         self.sums = torch.zeros(len(loss.names), dtype=torch.float64, device=device)  # of the terms, in this epoch
+        self.probe = None  # the LR images of the last batch: what says whether the weights are still good
         if experiment.state:
             self.load_state(experiment.state)
+            experiment.state = None  # the weights need not be kept twice
 
     def fit(self):
         """Trains until --epochs are done and tested; returns the process's exit status."""
         args = self.args
+        if len(self.history) == args.epochs:
+            log.info("the run is finished: --epochs %d are done", args.epochs)
         with Interruption() as self.interruption:
             batches = iter(make_batches(args, self.crops, self.iteration, self.iterations, self.device.type == "cuda"))
             while len(self.history) < args.epochs and not self.interruption.status:
@@ -93,6 +98,7 @@ class Trainer:
     def step(self, lr, hr, answers=None):
         """One update of the student from a batch as `make_batches` gives it -> the weighted values of the loss's terms."""
         steps = self.look(lr, hr, answers)
+        self.probe = steps[0].lr
         total, values = self.loss(*steps)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
@@ -178,12 +184,23 @@ class Trainer:
             raise UserError(f"the loss is not finite at iteration {self.iteration}: {self.describe(self.sums)}; what was "
                             f"saved before is in {self.experiment.folder}; try a lower --lr, --gclip, or --precision single")
 
+    @torch.no_grad()
+    def check_weights(self):
+        """Ends the run, before anything is saved, where the last update made weights with which nothing can be computed."""
+        self.check()
+        nets = [net for net in (self.student, self.average) if net is not None]
+        outputs = [self.run(net, self.probe, features=False).sr for net in nets] if self.probe is not None else []
+        if not all(x.isfinite().all() for x in [*outputs, *self.loss.parameters()]):
+            raise UserError(f"the update of iteration {self.iteration} made weights that give no finite image (its "
+                            f"terms, with the epoch's before: {self.describe(self.sums)}); try a lower --lr, or --gclip")
+
     def describe(self, values):
         values = values.tolist()
         return f"loss {sum(values):.4f}" + "".join(f" {name} {value:.4f}" for name, value in zip(self.loss.names, values))
 
     def test_epoch(self):
         """Scores the student, keeps the epoch's record, and saves it all."""
+        self.check_weights()
         self.student.eval()
         tested = self.average or self.student
         upscale = evaluation.by_network(tested, self.device, self.args)
@@ -210,16 +227,24 @@ class Trainer:
         self.experiment.write_history(self.history)
         self.save_state()
 
+    def identity(self):
+        """What a resumed run must have in common with the one that it continues."""
+        return dict(network=describe(self.student), loss="+".join(self.loss.names), optimizer=self.args.optimizer)
+
     def save_state(self):
-        self.check()
+        self.check_weights()
         self.experiment.save_state(dict(
-            iteration=self.iteration, history=self.history, sums=self.sums, student=self.student.state_dict(),
-            loss=self.loss.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-            average=self.average.state_dict() if self.average else None, random=torch.get_rng_state(),
+            identity=self.identity(), iteration=self.iteration, history=self.history, sums=self.sums,
+            student=self.student.state_dict(), loss=self.loss.state_dict(), optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(), average=self.average.state_dict() if self.average else None,
+            random=torch.get_rng_state(),
             random_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None))
 
     def load_state(self, state):
         try:
+            for name, value in self.identity().items():
+                if state["identity"][name] != value:
+                    raise ValueError(f"{name} {state['identity'][name]}, not {value}")
             self.student.load_state_dict(state["student"])
             self.loss.load_state_dict(state["loss"])
             if self.average:
@@ -228,9 +253,9 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             self.sums.copy_(state["sums"])
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"--resume 1: the run in {self.experiment.folder} has another network, optimiser or loss "
-                            f"({reason}...); resume it with its own flags, see config.txt") from None
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--resume 1: the run in {self.experiment.folder} was another one ({reason}); resume it with "
+                            "its own flags, see config.txt there") from None
         self.iteration, self.history = state["iteration"], state["history"]
         done, every = len(self.history), self.args.test_every
         if self.iteration > self.iterations or not done * every <= self.iteration <= (done + 1) * every:

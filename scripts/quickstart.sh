@@ -5,7 +5,7 @@ source "$(dirname "$0")/env.sh"
 
 # Both students: the same size, iterations, seed, first weights, and order of crops.
 common=(--scale 2 --model RCAN --n_resgroups 2 --n_resblocks 2 --n_feats 24 --reduction 6
-    --data_train Sample --data_test Sample --patch_size 64 --batch_size 8 --epochs 4 --test_every 250
+    --data_train Sample --data_test Sample --patch_size 64 --batch_size 8 --epochs 3 --test_every 200
     --lr 1e-3 --decay cosine --n_threads 1 --seed 1 --reset "$@")
 
 echo "== student from scratch"
@@ -14,7 +14,7 @@ echo "== student distilled from the teacher (FAKD)"
 python "$code/train.py" "${common[@]}" --teacher RCAN --alpha 0.5 --feature_distilation_type 10*SA --features [1,2,3] \
     --ckp_dir quickstart/distilled
 
-experiments=$code/../experiment/quickstart
+experiments=$root/experiment/quickstart
 echo "== held-out photos"
 python "$code/compare.py" --scale 2 --data_test Sample --ckp_dir quickstart --ckp_path \
     "scratch=$experiments/scratch/model/model_latest.pt+distilled=$experiments/distilled/model/model_latest.pt+teacher=RCAN"

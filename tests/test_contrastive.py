@@ -161,7 +161,7 @@ def test_VGG_is_the_weighted_difference_of_five_levels(make_loss, kept):
 
 
 def test_T_DS_supervises_the_teacher_until_its_epoch():
-    args = SimpleNamespace(t_l_remove=2, test_every=5)
+    args = SimpleNamespace(t_l_remove=2, test_every=5, width_mult=0.5)
     term = contrastive.TeachersData(loss.Setting(args, None, []))
     graph = torch.rand(2, 3, 4, 4, requires_grad=True)
     step = make_step(2, 4, teacher_graph=graph * 1)

@@ -121,7 +121,7 @@ def test_each_image_goes_through_each_network_once(string, batches):
 
 
 def test_DCR_contrasts_an_image_with_what_the_history_model_makes_of_it():
-    criterion, setting = make_loss("DCR", line="--dcr_negatives 2 --dcr_noise 0")  # all negatives: from LR itself
+    criterion, setting = make_loss("DCR", line="--dcr_negatives 2 --dcr_noise 1e-12")  # all negatives: from LR itself
     net, history = setting.kept["vqgan"], criterion.terms["DCR"].history
     lr = 255 * torch.rand(3, 3, 8, 8)
 

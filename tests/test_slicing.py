@@ -1,7 +1,7 @@
 """Channel slices: against CSD's own outputs, over the networks, and as students that share their teacher's weights."""
 import pytest
 import torch
-from test_training import assert_same_weights, flags  # noqa: F401 - a fixture
+from test_training import SIZES, assert_same_weights, flags  # noqa: F401 - a fixture
 
 from checkpoint import save_model
 from error import UserError
@@ -17,6 +17,13 @@ NETS = {
     "RDN": dict(G0=16, RDNconfig="2,2,8"),
     "IMDN": dict(n_feats=64, n_modules=2),
 }
+
+
+def without_sizes(flags):  # noqa: F811
+    """The flags of a tiny run without the network that they describe."""
+    for name, value in {"model": "RCAN", **SIZES}.items():
+        flags = flags.replace(f"--{name} {value} ", "")
+    return flags
 
 
 def build(name):
@@ -82,7 +89,8 @@ def test_inheriting_from_another_kind_or_a_smaller_network_is_refused():
 
 def test_self_distillation_trains_both_widths_of_one_checkpoint(run_main, flags, tmp_path, tiny_data):  # noqa: F811
     save_model(build("EDSR"), tmp_path / "teacher.pt")
-    line = flags + f"--teacher {tmp_path / 'teacher.pt'} --width_mult 0.5 --loss 1*DS+1*T_DS --lr 1e-3 --test_every 4 "
+    line = without_sizes(flags) + f"--teacher {tmp_path / 'teacher.pt'} --width_mult 0.5 "
+    line += "--loss 1*DS+1*T_DS --lr 1e-3 --test_every 4 "
     assert run_main("train", line + "--epochs 2 --ema 0.9")[0] == 0
     before, after = load_model(tmp_path / "teacher.pt"), load_model(tmp_path / "run" / "model" / "model_raw.pt")
     change = (after.body[0].body[0].weight - before.body[0].body[0].weight).abs()
@@ -99,7 +107,8 @@ def test_self_distillation_trains_both_widths_of_one_checkpoint(run_main, flags,
 
 def test_a_slice_and_its_average_resume_exactly(run_main, flags, tmp_path):  # noqa: F811
     save_model(build("EDSR"), tmp_path / "teacher.pt")
-    line = flags + f"--teacher {tmp_path / 'teacher.pt'} --width_mult 0.5 --loss 1*DS+1*T_DS --ema 0.9 --test_every 3 "
+    line = without_sizes(flags) + f"--teacher {tmp_path / 'teacher.pt'} --width_mult 0.5 "
+    line += "--loss 1*DS+1*T_DS --ema 0.9 --test_every 3 "
     assert run_main("train", line + f"--epochs 2 --ckp_dir {tmp_path / 'whole'}")[0] == 0
     assert run_main("train", line + "--epochs 1")[0] == 0
     assert run_main("train", line + "--epochs 2 --resume 1")[0] == 0
@@ -109,8 +118,8 @@ def test_a_slice_and_its_average_resume_exactly(run_main, flags, tmp_path):  # n
 
 def test_a_student_may_start_from_its_teachers_channels(run_main, flags, tmp_path):  # noqa: F811
     save_model(build("EDSR"), tmp_path / "teacher.pt")
-    flags = flags.replace("--n_resgroups 2", "").replace("--reduction 4", "")
-    status, _, _ = run_main("train", flags + f"--model EDSR --n_resblocks 2 --n_feats 8 --teacher {tmp_path / 'teacher.pt'} "
+    line = f"--model EDSR --n_resblocks 2 --n_feats 8 --teacher {tmp_path / 'teacher.pt'} "
+    status, _, _ = run_main("train", without_sizes(flags) + line +
                             "--init_from_teacher --loss 1*DS --lr 1e-30 --epochs 1 --test_every 1")
     student = load_model(tmp_path / "run" / "model" / "model_latest.pt")
     assert status == 0
@@ -211,3 +220,27 @@ def test_the_template_of_inheriting_trains_from_the_teachers_weights(run_main, f
     line = line.replace("--n_resgroups 2", "").replace("--reduction 4", "").replace("--model RCAN", "--model EDSR --reset")
     status, _, err = run_main("train", line)
     assert status == 2 and len(err) == 1 and "the one is EDSR, the other RCAN" in err[0]
+
+
+@pytest.mark.parametrize("extra, words", [
+    ("--width_mult 0.5 --model RCAN", "not --model RCAN"),
+    ("--width_mult 0.5 --n_feats 8", "n_feats 16, not 8"),
+    ("--width_mult 0.5 --init_from_teacher", "the one or the other"),
+    ("--width_mult 0.5 --pre_train {file}", "one --teacher, or --pre_train"),
+    ("--width_mult 0.5 --teacher {file}+{file}", "one --teacher"),
+    ("--init_from_teacher --model EDSR --teacher {file}+{file}", "one teacher"),
+    ("--loss 1*DS+1*T_DS --model EDSR", "--width_mult"),
+])
+def test_flags_that_exclude_each_other_are_refused(run_main, flags, tmp_path, extra, words):  # noqa: F811
+    file = tmp_path / "teacher.pt"
+    save_model(build("EDSR"), file)
+    status, _, err = run_main("train", without_sizes(flags) + f"--teacher {file} --loss 1*DS " + extra.format(file=file))
+    assert status == 2 and words in err[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_slice_of_a_pretrained_network_is_taken_once(run_main, flags, tmp_path):  # noqa: F811
+    save_model(build("EDSR"), tmp_path / "whole.pt")
+    status, out, _ = run_main("train", without_sizes(flags) + f"--pre_train {tmp_path / 'whole.pt'} --width_mult 0.5 "
+                              "--loss 1*DS --epochs 1 --test_every 1")
+    assert status == 0 and "n_feats 8" in out[0]

@@ -7,6 +7,7 @@ import torch
 import option
 import summary
 from checkpoint import save_model
+from memory import LiveMemory
 from model import make_model
 from model.carn import CARN_M
 from model.edsr import EDSR
@@ -39,7 +40,7 @@ def test_attention_is_counted_as_what_it_multiplies(small_output):
 
 @pytest.mark.parametrize("net", [EDSR(2, 2, 8), RCAN(4, 1, 1, 16, 4), CARN_M(3, 8)], ids=lambda net: type(net).__name__)
 def test_memory_is_that_of_the_real_tensors(small_output, net):
-    real = summary.live_memory()
+    real = LiveMemory()
     with torch.no_grad(), real:
         net(torch.zeros(1, 3, -(-64 // net.scale), -(-96 // net.scale)))
     assert summary.count(net)[1] == real.peak > 4 * 3 * 64 * 96

@@ -191,6 +191,31 @@ def test_an_infinite_loss_ends_the_run_and_leaves_the_last_good_state(run_main, 
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
 
 
+def test_weights_that_the_last_update_broke_are_not_saved(run_main, flags, tmp_path):
+    line = flags + "--loss 1*DS --test_every 1 --epochs 3 "
+    status, _, err = run_main("train", line + "--lr 1e30")
+    assert status == 2 and "no finite image" in err[-1]
+    assert not list((tmp_path / "run").rglob("*.pt"))
+    assert "no finite image" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_run_that_cannot_start_leaves_the_old_one_alone(run_main, flags, tmp_path):
+    assert run_main("train", flags + "--loss 1*DS --epochs 1 --test_every 1")[0] == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    for extra in ("--reset --loss 1*QQ", "--resume 1 --loss 1*DS --n_feats 16", "--resume 1 --loss 1*DS+1*TS --teacher RCAN",
+                  "--resume 1 --loss 1*DS --optimizer SGD"):
+        assert run_main("train", flags + "--epochs 2 --test_every 1 " + extra)[0] == 2
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+
+
+def test_two_runs_do_not_share_a_folder(run_main, flags, tmp_path):
+    from checkpoint import lock  # noqa: PLC0415
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run" / ".lock"):
+        status, _, err = run_main("train", flags + "--loss 1*DS --epochs 1 --test_every 1")
+    assert status == 2 and "another run is writing there" in err[-1]
+
+
 def test_nan_in_a_term_names_the_iteration_and_the_terms(run_main, flags, monkeypatch):
     from loss.pixel import DataSupervision  # noqa: PLC0415
     forward = DataSupervision.forward
@@ -234,7 +259,7 @@ def test_resuming_another_network_is_refused(run_main, flags):
     flags += "--loss 1*DS --epochs 1 --test_every 1 "
     assert run_main("train", flags)[0] == 0
     status, _, err = run_main("train", flags + "--resume 1 --n_feats 16")
-    assert status == 2 and "another network" in err[-1]
+    assert status == 2 and "n_feats 8" in err[-1] and "n_feats 16" in err[-1]
 
 
 def test_a_broken_state_is_named(run_main, flags, tmp_path):

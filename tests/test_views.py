@@ -189,7 +189,7 @@ def test_terms_that_compare_maps_look_at_views_only_where_asked():
 
 
 def test_every_other_term_works_on_the_views_it_has_the_means_for():
-    criterion = make_criterion("DS+TS+LC+NCE+GAN+T_DS", "zoom_in", "--nce_patch_size 8")
+    criterion = make_criterion("DS+TS+LC+NCE+GAN+T_DS", "zoom_in", "--nce_patch_size 8 --width_mult 0.5")
     assert criterion.looks_at("zoom_in", False) == ["TS", "LC", "NCE"]
     assert criterion.looks_at("zoom_out", True) == ["DS", "TS", "LC", "NCE", "GAN"]
 
@@ -204,7 +204,7 @@ def test_every_other_term_works_on_the_views_it_has_the_means_for():
 ])
 def test_terms_and_views_that_do_not_fit_are_explained(string, upcycle, more, words):
     with pytest.raises(UserError, match=words):
-        make_criterion(string, upcycle, more)
+        make_criterion(string, upcycle, more + " --width_mult 0.5")
 
 
 # ---- label consistency
@@ -278,7 +278,7 @@ def test_the_teacher_runs_without_a_graph_once_per_size_and_only_where_asked(mon
             ("1*DS+1*TS", "", [(12, False, False), (4, False, False)]),
             ("1*DS+1*TS+1*SA", "--view_terms TS+DS", [(12, True, False), (4, False, False)]),
             ("1*DS+1*TS+1*SA", "--view_terms SA", [(12, True, False), (4, True, False)]),
-            ("1*DS+1*TS+1*T_DS", "", [(8, False, False), (4, False, False), (4, False, True)])):
+            ("1*DS+1*TS+1*T_DS", "--width_mult 0.5", [(8, False, False), (4, False, False), (4, False, True)])):
         calls.clear()
         make_trainer(student, net, f"{STEP} --loss {terms} {upcycle} {more}").step(*batch(2, count=4))
         assert calls == expected, (terms, more)

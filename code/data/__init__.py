@@ -1,5 +1,6 @@
 """Images from disk: training batches and test sets."""
 import signal
+import warnings
 
 import torch
 from torch.utils.data import DataLoader
@@ -15,6 +16,7 @@ def make_batches(args, crops, start, stop, pin_memory=False):
 
     One loader serves the whole run: its workers start once and fetch ahead while the epochs are tested.
     """
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # two on one core still fetch ahead of the training
     return DataLoader(crops, batch_sampler=Batches(start, stop, args.batch_size), num_workers=args.n_threads,
                       pin_memory=pin_memory, worker_init_fn=_start_worker,
                       generator=torch.Generator().manual_seed(args.seed))  # its own: the global one belongs to the loss

@@ -125,6 +125,9 @@ class TeachersData(Term):
 
     def __init__(self, setting):
         super().__init__(setting)
+        if not setting.args.width_mult:
+            raise UserError("T_DS trains the teacher, which is fixed here: it needs a student that is a slice of it, "
+                            "--width_mult")
         self.end = setting.args.t_l_remove * setting.args.test_every
 
     def forward(self, step):

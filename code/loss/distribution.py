@@ -7,6 +7,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
+from error import UserError
 from loss.contrastive import contrast_l1
 from loss.degradation import degrade
 from loss.frozen import once
@@ -59,6 +60,9 @@ class DynamicContrast(Term):
     def __init__(self, setting):
         super().__init__(setting)
         self.args = setting.args
+        if not self.args.dcr_negatives or not (self.args.dcr_noise or self.args.dcr_blur or self.args.dcr_resize):
+            raise UserError("DCR: without degraded inputs its negatives are the student's own images: give --dcr_negatives "
+                            "and one of --dcr_noise, --dcr_blur, --dcr_resize")
         object.__setattr__(self, "vqgan", shared_vqgan(setting))
         self.history = copy.deepcopy(setting.student).eval().requires_grad_(False)
 

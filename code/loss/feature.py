@@ -69,7 +69,12 @@ class ChannelAffinity(FeatureTerm):
 
 
 class InstanceAffinity(FeatureTerm):
-    """IA."""
+    """IA. Needs a batch."""
+
+    def __init__(self, setting):
+        super().__init__(setting)
+        if setting.args.batch_size < 2:
+            raise UserError("IA compares the images of a batch, --batch_size 1 has one: give 2 or more")
 
     def transform(self, x):
         return instance_affinity(x)

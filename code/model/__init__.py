@@ -1,5 +1,6 @@
 """Networks by name, and from checkpoints of any layout they were released in."""
 import inspect
+import logging
 
 from error import UserError
 from model import carn, edsr, imdn, rcan, rdn, san, swinir
@@ -10,6 +11,8 @@ __all__ = ["NETWORKS", "CheckpointError", "describe", "inherit", "load_as_told",
            "save_header", "slim"]
 
 LEFT_OPEN = "res_scale", "img_range"  # sizes that do not show in names and shapes: those asked for win
+
+log = logging.getLogger("sr")
 
 # name on the command line: (class, how to recognise its checkpoints)
 NETWORKS = {
@@ -29,10 +32,7 @@ def make_model(name, args):
     if name not in NETWORKS:
         raise UserError(f"no network is called {name}: there are {', '.join(NETWORKS)}")
     network = NETWORKS[name][0]
-    known = {key for other, _ in NETWORKS.values() for key in inspect.signature(other).parameters}
-    unknown = sorted((getattr(args, "given", set()) & known) - inspect.signature(network).parameters.keys())
-    if unknown:
-        raise UserError(f"--{unknown[0]}: {name} has no such size")
+    note_unused(name, getattr(args, "given", set()) & size_flags() - inspect.signature(network).parameters.keys())
     sizes = {key: getattr(args, key, None) for key in inspect.signature(network).parameters}
     try:
         net = network(**{key: value for key, value in sizes.items() if value is not None})
@@ -66,19 +66,29 @@ def load_model(path, **override):
     raise CheckpointError(f"{path}: not a checkpoint of {', '.join(NETWORKS)} in a known layout; it begins with {keys}")
 
 
-def load_as_told(path, args, any_scale=False):
-    """`load_model`, taking the flags that were given explicitly for claims about the file: a wrong one is an error."""
-    sizes = {key for network, _ in NETWORKS.values() for key in inspect.signature(network).parameters} | {"width_mult"}
-    sizes = args.given & (sizes - {"scale"} if any_scale else sizes)
+def load_as_told(path, args, without=()):
+    """`load_model`, taking the flags that were given explicitly, but those in `without`, for claims about the file.
+
+    A wrong one is an error.
+    """
+    sizes = (args.given & (size_flags() | {"width_mult"})) - set(without)
     net = require_rgb(load_model(path, **{key: getattr(args, key) for key in sizes}), path)
     name = save_header(net)["network"]
     if "model" in args.given and args.model != name:
         raise CheckpointError(f"{path}: holds a network {name}, not --model {args.model} as asked for")
-    unknown = sorted(sizes - net.config.keys() - {"width_mult"})
-    if unknown:
-        raise CheckpointError(f"{path}: holds a network {name}, which has no --{unknown[0]}")
+    note_unused(name, sizes - net.config.keys() - {"width_mult"})
     net.rgb_range = args.rgb_range
     return net
+
+
+def size_flags():
+    """The names of all networks' constructor arguments, which are flags as well."""
+    return {key for network, _ in NETWORKS.values() for key in inspect.signature(network).parameters}
+
+
+def note_unused(name, flags):
+    for flag in sorted(flags):
+        log.info("--%s has no effect: %s has no such size", flag, name)
 
 
 def describe(net):

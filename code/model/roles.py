@@ -1,6 +1,7 @@
 """The student and its teachers, as the flags ask for them."""
 import os
 
+from error import UserError
 from model import inherit, load_as_told, load_model, make_model, require_rgb, slim
 from model.teachers import find_teacher
 
@@ -12,14 +13,33 @@ def make_networks(args, needs):
     the teacher that shares its weights (--width_mult).
     """
     if args.width_mult:
-        whole = make_teachers(args)[0] if "teacher" in args.given else make_student(args)
+        whole = make_whole(args)
         return slim(whole, args.width_mult), [whole]
+    if args.init_from_teacher and len(args.teacher) > 1:
+        raise UserError(f"--init_from_teacher copies from one teacher, --teacher names {len(args.teacher)}")
     student = make_student(args)  # first: the same seed gives the same student, whatever teaches it
     asked = bool(needs & {"teacher", "teacher_net"})
     teachers = make_teachers(args) if asked or args.init_from_teacher else []
     if args.init_from_teacher:
         inherit(student, teachers[0])
     return student, teachers if asked else []
+
+
+def make_whole(args):
+    """The one network of which the student is to be a slice: the teacher, --pre_train, or a new one."""
+    if args.init_from_teacher:
+        raise UserError("--init_from_teacher copies what --width_mult shares: give the one or the other")
+    if "teacher" not in args.given:
+        return make_student(args)
+    if args.pre_train or len(args.teacher) > 1:
+        raise UserError("--width_mult takes its slice of one network: give one --teacher, or --pre_train")
+    return load_as_told(teacher_path(args.teacher[0], args.scale), args, without={"width_mult"})
+
+
+def teacher_path(name, scale):
+    """The file of a teacher that is named by its path or by its network."""
+    is_file = os.path.exists(name) or os.sep in name or "." in name
+    return name if is_file else find_teacher(name, scale)
 
 
 def make_student(args):
@@ -29,7 +49,7 @@ def make_student(args):
     """
     if not args.pre_train:
         return make_model(args.model, args)
-    start = load_as_told(args.pre_train, args, any_scale=True)
+    start = load_as_told(args.pre_train, args, without={"scale", "width_mult"})
     if start.scale == args.scale:
         return start
     student = type(start)(**{**start.config, "scale": args.scale})
@@ -42,8 +62,7 @@ def make_student(args):
 
 def teacher_files(args):
     """The checkpoint file of each of --teacher."""
-    return [name if os.path.exists(name) or os.sep in name or "." in name else find_teacher(name, args.scale)
-            for name in args.teacher]
+    return [teacher_path(name, args.scale) for name in args.teacher]
 
 
 def make_teachers(args):
