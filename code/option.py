@@ -11,6 +11,7 @@ from template import TEMPLATES
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "SAN", "SwinIR"
 RDN_NAMES = {"20,6,32": "A", "16,8,64": "B"}
+VIEWS = "zoom_in", "zoom_out"
 PUBLISHED_LOSS_FLAGS = ("alpha", "feature_loss_used", "feature_distilation_type")
 SIZES = {flag for preset in TEMPLATES.values() if "model" in preset for flag in preset}
 PATHS = "dir_data", "dir_demo", "dir_cache", "vgg_path", "vqgan_path", "pre_train", "ckp_dir", "ckp_path", "teacher"
@@ -94,7 +95,8 @@ def make_parser():
                        help="the student is this part of the teacher's channels and shares its weights; in test.py: score "
                             "that slice of the file")
     group.add_argument("--init_from_teacher", action="store_true",
-                       help="the student starts from a copy of the teacher's first channels")
+                       help="the student starts from the teacher's weights: of the first channels and, with fewer blocks, "
+                            "of blocks evenly spaced from the first to the last")
     group.add_argument("--pre_train", default="", help="checkpoint whose weights the student starts from")
 
     group = parser.add_argument_group("distillation")
@@ -109,6 +111,23 @@ def make_parser():
     group.add_argument("--pool_type", choices=("max", "avg"), default="max", help="pooling of PSA, MMD and RBF")
     group.add_argument("--P", type=up_to_100, default=2, help="order of RBF's Taylor series")
     group.add_argument("--rbf_gamma", type=positive_number, default=5, help="gamma of RBF")
+
+    group = parser.add_argument_group("views of a batch, what the student sees of it, and a teacher asked once")
+    group.add_argument("--upcycle", type=parse_views, default="",
+                       help="inputs made from the batch as further, weighted views of it, such as 1*zoom_in+1*zoom_out: "
+                            "zoom_in, tiles of HR in LR's size, without a truth; zoom_out, LR downscaled by --scale, whose "
+                            "truth is LR")
+    group.add_argument("--n_zoom_in", type=positive, default=1, help="tiles of zoom_in per image")
+    group.add_argument("--view_terms", type=parse_names, default="",
+                       help="terms that look at these views too, A+B; left out: all that can, but those that compare maps")
+    group.add_argument("--label_consistency", type=probability, default=0,
+                       help="probability of each of four operations (inverted colours, two flips, transpose) on an image "
+                            "that the student sees; its output is mapped back (0.3 in DUKD)")
+    group.add_argument("--cache_teacher", action="store_true",
+                       help="ask each teacher once for each whole training image, in --precision, and keep the answers in "
+                            "the data's cache (6 bytes per HR pixel), in place of its outputs for the crops; where terms or "
+                            "views need more, it runs for them. An approximation: near a crop's border the answer knows "
+                            "what lies beyond, and that to a flipped or transposed crop is that to the image, flipped")
 
     group = parser.add_argument_group("contrastive, distributional and adversarial terms")
     group.add_argument("--feature_net", choices=("released", "random"), default="released",
@@ -146,7 +165,9 @@ def make_parser():
     group.add_argument("--optimizer", choices=("ADAM", "SGD", "RMSprop"), default="ADAM", help="optimiser")
     group.add_argument("--lr", type=positive_number, default=1e-4, help="learning rate")
     group.add_argument("--decay", type=parse_decay, default="150-300-450-600",
-                       help="epochs after which the rate is multiplied by gamma, or cosine: to 0 over all epochs")
+                       help="epochs, or iterations such as 100000-200000it, after which the rate is multiplied by gamma; or "
+                            "cosine: to 0 over all epochs")
+    group.add_argument("--warmup", type=natural, default=0, help="first iterations, over which the rate rises to --lr")
     group.add_argument("--gamma", type=positive_number, default=0.5, help="factor of step decay")
     group.add_argument("--momentum", type=fraction, default=0.9, help="of SGD and RMSprop")
     group.add_argument("--betas", type=parse_betas, default="0.9,0.999", help="of ADAM")
@@ -195,7 +216,7 @@ def parse(argv=None, training=True):
         if name not in TEMPLATES:
             parser.error(f"--template {given['template']}: {name!r} is no preset; there are {', '.join(TEMPLATES)}")
     preset = joined(names)
-    argv_of_preset = [f"--{name}={value}" for name, value in preset.items()]
+    argv_of_preset = [f"--{name}" if value is True else f"--{name}={value}" for name, value in preset.items()]
     preset = {name: getattr(parser.parse_args(argv_of_preset), name) for name in preset}
     if "model" in given and given["model"] != preset.get("model", given["model"]):
         parser.error(f"--model {given['model']} beside --template {given['template']}, which has the sizes of "
@@ -216,15 +237,7 @@ def parse(argv=None, training=True):
         parser.error(str(error))
     if training and args.patch_size % args.scale:
         parser.error(f"--patch_size {args.patch_size} (HR pixels) is not a multiple of --scale {args.scale}")
-    if args.resume and args.reset:
-        parser.error("--resume 1 continues a run and --reset replaces it: give one of them")
-    if args.save_gt and not args.save_results:
-        parser.error("--save_gt adds to --save_results: give both")
-    experiments = str(ROOT / "experiment")
-    folder, cache = os.path.normpath(os.path.join(experiments, args.ckp_dir)), os.path.join(experiments, "cache")
-    if folder == experiments or f"{folder}/".startswith(f"{cache}/"):
-        parser.error(f"--ckp_dir {args.ckp_dir!r}: {folder} is " + ("the folder of all runs" if folder == experiments else
-                     "where decoded images are kept") + "; give the run a name of its own")
+    check_together(parser, args)
     args.teacher = args.teacher or [args.model]
     return args
 
@@ -253,6 +266,30 @@ def expanded(name, value):
     return path if value else value
 
 
+def check_together(parser, args):
+    """Ends with a line where flags contradict each other."""
+    for name in ("n_zoom_in", "view_terms"):
+        if name in args.given and not args.upcycle:
+            parser.error(f"--{name} says something of the views of --upcycle: give both")
+    if "n_zoom_in" in args.given and "zoom_in" not in [name for _, name in args.upcycle]:
+        parser.error("--n_zoom_in counts tiles of zoom_in, which --upcycle does not name")
+    if args.cache_teacher and args.ext == "img":
+        parser.error("--cache_teacher keeps its files in the data's cache, and --ext img keeps none: give one of them")
+    if args.cache_teacher and args.width_mult:
+        parser.error("--cache_teacher asks a teacher that stays as it is; under --width_mult it is trained along")
+    if args.warmup >= args.epochs * args.test_every and args.warmup:
+        parser.error(f"--warmup {args.warmup} is no shorter than the run, {args.epochs * args.test_every} iterations")
+    if args.resume and args.reset:
+        parser.error("--resume 1 continues a run and --reset replaces it: give one of them")
+    if args.save_gt and not args.save_results:
+        parser.error("--save_gt adds to --save_results: give both")
+    experiments = str(ROOT / "experiment")
+    folder, cache = os.path.normpath(os.path.join(experiments, args.ckp_dir)), os.path.join(experiments, "cache")
+    if folder == experiments or f"{folder}/".startswith(f"{cache}/"):
+        parser.error(f"--ckp_dir {args.ckp_dir!r}: {folder} is " + ("the folder of all runs" if folder == experiments else
+                     "where decoded images are kept") + "; give the run a name of its own")
+
+
 def published_loss(args):
     """The loss string behind FAKD's flags: `--alpha 0.5 --feature_distilation_type 10*SA` -> 0.5*DS+0.5*TS+10*SA."""
     terms = [f"{weight:g}*{name}" for weight, name in ((1 - args.alpha, "DS"), (args.alpha, "TS")) if weight]
@@ -261,21 +298,21 @@ def published_loss(args):
     return "+".join(terms)
 
 
-def parse_loss(string):
-    """'0.5*DS+1e-3*GAN' -> [(0.5, 'DS'), (0.001, 'GAN')]; raises ValueError."""
+def parse_loss(string, what="loss", item="TERM"):
+    """'0.5*DS+1e-3*GAN' -> [(0.5, 'DS'), (0.001, 'GAN')]; raises ValueError, which says `what` it is a string of."""
     terms = []
     for part in re.split(r"(?<![0-9.][eE])\+", string.replace(" ", "")):
         match = re.fullmatch(r"(?:([0-9.]+(?:[eE][+-]?[0-9]+)?)\*)?([A-Za-z_]\w*)", part)
         if not match:
-            raise ValueError(f"loss {string!r}: {part!r} is not of the form WEIGHT*TERM")
+            raise ValueError(f"{what} {string!r}: {part!r} is not of the form WEIGHT*{item}")
         try:
             weight = float(match[1] or 1)
         except ValueError:
             weight = math.inf
         if weight > LARGEST:
-            raise ValueError(f"loss {string!r}: {match[1]!r} is not a number, or not a finite one")
+            raise ValueError(f"{what} {string!r}: {match[1]!r} is not a number, or not a finite one")
         if match[2] in [name for _, name in terms]:
-            raise ValueError(f"loss {string!r}: {match[2]} stands there twice")
+            raise ValueError(f"{what} {string!r}: {match[2]} stands there twice")
         terms.append((weight, match[2]))
     return terms
 
@@ -348,16 +385,42 @@ def parse_features(string):
     return features
 
 
+class Iterations(list):
+    """Steps of --decay that are counted in iterations, not in epochs."""
+
+    def __repr__(self):
+        return "-".join(map(str, self)) + "it"
+
+
 def parse_decay(string):
+    """'150-300' -> [150, 300]; '100000-200000it' -> the same as Iterations; 'cosine'."""
     if string == "cosine":
         return string
     try:
-        epochs = [int(word) for word in string.split("-")]
+        steps = [int(word) for word in string.removesuffix("it").split("-")]
     except ValueError:
-        epochs = [0]
-    if min(epochs) < 1 or epochs != sorted(set(epochs)):
-        raise argparse.ArgumentTypeError(f"{string!r} is neither cosine nor rising epochs such as 150-300")
-    return epochs
+        steps = [0]
+    if min(steps) < 1 or steps != sorted(set(steps)):
+        raise argparse.ArgumentTypeError(f"{string!r} is neither cosine nor rising epochs such as 150-300, or iterations "
+                                         "such as 100000-200000it")
+    return Iterations(steps) if string.endswith("it") else steps
+
+
+def parse_views(string):
+    """'zoom_in+0.5*zoom_out' -> [(1, 'zoom_in'), (0.5, 'zoom_out')], without those of weight 0."""
+    try:
+        views = parse_loss(string, "views", "VIEW") if string else []
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+    unknown = next((name for _, name in views if name not in VIEWS), None)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"there is no view {unknown}; there are {', '.join(VIEWS)}")
+    return [(weight, name) for weight, name in views if weight]
+
+
+def parse_names(string):
+    """'DS+TS' -> ['DS', 'TS']."""
+    return parse_list(string) if string else []
 
 
 def parse_steps(string):

@@ -11,6 +11,15 @@ TEMPLATES = {
     "DCKD": dict(loss="1*DS+1*TS+1*LC+25.5*DCR+0.255*DMM", lc_p=0.5, dcr_negatives=4, dcr_noise=1, dcr_blur=0, dcr_resize=0,
                  history_every="1000-2000-3000", ema=0.999, lr=1e-4, betas="0.9,0.99", decay="100-200", gamma=0.1,
                  epochs=250, test_every=1000, batch_size=16),
+    # DUKD (Zhang et al., 2023), its EDSR students; RCAN's and SwinIR's have one tile and no zoom-out
+    "DUKD": dict(loss="5*DS+1*TS", upcycle="1*zoom_in+1*zoom_out", n_zoom_in=2, label_consistency=0.3, ema=0.999, lr=1e-4,
+                 betas="0.9,0.99", decay="100000-200000it", gamma=0.1, epochs=250, test_every=1000, batch_size=16),
+    "DUKD_RCAN": dict(loss="1*DS+1*TS", upcycle="1*zoom_in", n_zoom_in=1, label_consistency=0.3, ema=0.999, lr=1e-4,
+                      betas="0.9,0.99", decay="100000-200000it", gamma=0.1, epochs=250, test_every=1000, batch_size=16),
+    "DUKD_SwinIR": dict(loss="5*DS+1*TS", upcycle="1*zoom_in", n_zoom_in=1, label_consistency=0.3, ema=0.999, lr=1e-4,
+                        betas="0.9,0.99", decay="100000-200000it", gamma=0.1, epochs=250, test_every=1000, batch_size=16),
+    # no distillation but the teacher's weights to start from: the fair baseline of a student that could have had them
+    "inherit": dict(loss="1*DS", init_from_teacher=True),
     # MCADKD (Ko et al., ICCVW 2025); 12.75 and 2.55 are the published 0.05 and 0.01 for images in [0, 255]
     "MCADKD": dict(loss="3*DS+0.5*TS+12.75*NCE+2.55*GAN", nce_type="hybrid", nce_mining="hard", gan_type="GAN",
                    lr=1e-4, betas="0.9,0.99", batch_size=16),

@@ -6,15 +6,20 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 import evaluation
 from data import make_batches
+from data.teacher_cache import decode
+from data.views import make_views, together
 from device import autocast
 from error import UserError
 from loss import Output, Step
+from loss.consistency import on_perturbed
+from option import Iterations
 from model import describe
 
 log = logging.getLogger("sr")
@@ -66,9 +71,9 @@ class Trainer:
         with bar(f"epoch {len(self.history) + 1}/{args.epochs}", end - args.test_every, start, end) as progress:
             while self.iteration < end:
                 asked = time.monotonic()
-                lr, hr = next(batches)
+                batch = next(batches)
                 waited += time.monotonic() - asked
-                values = self.step(lr, hr)
+                values = self.step(*batch)
                 self.sums += values
                 self.iteration += 1
                 if self.iteration % args.print_every == 0 or self.iteration == end:
@@ -90,22 +95,11 @@ class Trainer:
         self.save_state()
         return True
 
-    def step(self, lr, hr):
-        """One update of the student from a batch of uint8 pairs -> the weighted values of the loss's terms."""
-        lr, hr = self.to_input(lr), self.to_input(hr)
-        features, trained = "features" in self.loss.needs, "teacher_graph" in self.loss.needs
-        student, teacher, teacher_graph = self.run(self.student, lr, features), None, None
-        teacher_net = self.draw_teacher()
-        if teacher_net:
-            with torch.set_grad_enabled(trained):
-                teacher = self.run(teacher_net, lr, features)
-            if trained:
-                teacher_graph, teacher = teacher.sr, teacher.detach()
-        step = Step(lr, hr, student, teacher, teacher_graph, iteration=self.iteration, student_net=self.student,
-                    teacher_net=teacher_net, average=self.average or self.student,
-                    run=lambda net, x: self.run(net, x, features=False).sr)
-        self.probe = lr
-        total, values = self.loss(step)
+    def step(self, lr, hr, answers=None):
+        """One update of the student from a batch as `make_batches` gives it -> the weighted values of the loss's terms."""
+        steps = self.look(lr, hr, answers)
+        self.probe = steps[0].lr
+        total, values = self.loss(*steps)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
         for group in self.optimizer.param_groups:
@@ -117,8 +111,48 @@ class Trainer:
         self.scaler.update()
         if self.average:
             self.update_average()
-        self.loss.update(step)
+        self.loss.update(steps[0])
         return values
+
+    def look(self, lr, hr, answers):
+        """A Step for each view of the batch, the plain one first: what student and teacher make of it.
+
+        The student sees its inputs perturbed, as --label_consistency says, and its outputs are mapped back. answers: those
+        of the teachers, where they were asked once and no term needs more of the plain view (data/teacher_cache.py).
+        """
+        views = make_views(lr.to(self.device, non_blocking=True), hr.to(self.device, non_blocking=True), self.args)
+        for view in views:
+            view.lr, view.hr = self.to_input(view.lr), None if view.hr is None else self.to_input(view.hr)
+        needs = [self.loss.needs_on(view.name, view.hr is not None) for view in views]
+        students = together(self.run_student, views, ["features" in need for need in needs])
+        drawn = self.draw_teacher()
+        net = None if drawn is None else self.teachers[drawn]
+        known = None if answers is None else Output(self.to_input(decode(self.part_of(answers, drawn))))
+        teachers = self.ask(net, views, needs, known)
+        return [Step(view.lr, view.hr, student, teacher and teacher.detach(),
+                     teacher.sr if "teacher_graph" in need else None, view.name, view.weight,
+                     iteration=self.iteration, student_net=self.student, teacher_net=net,
+                     average=self.average or self.student, run=lambda net, x: self.run(net, x, features=False).sr)
+                for view, need, student, teacher in zip(views, needs, students, teachers)]
+
+    def ask(self, net, views, needs, known):
+        """The teacher's Output on each view, None where no term looks at it; with a graph where one trains the teacher.
+
+        known: that on the plain view where it was asked before, else None.
+        """
+        outputs = {0: known} if known else {}
+        for graph in (False, True):
+            asked = [index for index, need in enumerate(needs)
+                     if "teacher" in need and index not in outputs and graph == ("teacher_graph" in need)]
+            with torch.set_grad_enabled(graph):
+                found = together(partial(self.run, net), [views[index] for index in asked],
+                                 ["features" in needs[index] for index in asked])
+            outputs.update(zip(asked, found))
+        return [outputs.get(index) for index in range(len(views))]
+
+    def part_of(self, answers, drawn):
+        """Those of one of several teachers, on the device."""
+        return answers[:, 3 * drawn:3 * drawn + 3].to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def update_average(self):
@@ -130,14 +164,18 @@ class Trainer:
             out = net(lr, features=features)
         return Output(*out) if features else Output(out)
 
+    def run_student(self, lr, features):
+        return on_perturbed(partial(self.run, self.student, features=features), lr, self.args.label_consistency,
+                            self.args.rgb_range)
+
     def draw_teacher(self):
-        """The teacher of this batch; None where no term needs one."""
+        """The number of this batch's teacher; None where no term needs one."""
         if len(self.teachers) > 1:
-            return self.teachers[int(torch.randint(len(self.teachers), ()))]
-        return self.teachers[0] if self.teachers else None
+            return int(torch.randint(len(self.teachers), ()))
+        return 0 if self.teachers else None
 
     def to_input(self, x):
-        x = x.to(self.device, non_blocking=True).to(memory_format=torch.channels_last).float()
+        x = x.to(memory_format=torch.channels_last).float()
         return x * (self.args.rgb_range / 255) if self.args.rgb_range != 255 else x
 
     def check(self):
@@ -239,10 +277,21 @@ def make_optimizer(args, parameters):
 
 
 def learning_rate(args, iteration):
-    """The rate of one iteration, of 0 .. epochs x test_every - 1: a function of its number, so no resumed run is off."""
+    """The rate of one iteration, of 0 .. epochs x test_every - 1: a function of its number, so no resumed run is off.
+
+    Over the first --warmup iterations it rises linearly, up to the whole of it at the last of them; cosine begins after.
+    """
+    if iteration < args.warmup:
+        return rate_after_warmup(args, iteration) * (iteration + 1) / args.warmup
+    return rate_after_warmup(args, iteration)
+
+
+def rate_after_warmup(args, iteration):
     if args.decay == "cosine":
-        return args.lr * 0.5 * (1 + math.cos(math.pi * iteration / (args.epochs * args.test_every)))
-    return args.lr * args.gamma ** sum(iteration // args.test_every >= epoch for epoch in args.decay)
+        part = max(iteration - args.warmup, 0) / (args.epochs * args.test_every - args.warmup)
+        return args.lr * 0.5 * (1 + math.cos(math.pi * part))
+    done = iteration if isinstance(args.decay, Iterations) else iteration // args.test_every
+    return args.lr * args.gamma ** sum(done >= step for step in args.decay)
 
 
 def bar(description, first, start, stop):

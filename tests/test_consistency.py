@@ -85,7 +85,7 @@ def test_LC_compares_with_the_answer_to_the_perturbed_input():
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     value.backward()
     assert weight.grad is None and sr.grad.abs().sum() > 0
-    assert loss.needs_of("LC") == {"teacher"}
+    assert loss.needs_of("LC") == {"teacher_net"}
 
 
 def test_gradient_of_the_mapping_is_that_of_its_value():

@@ -6,7 +6,7 @@ from test_training import SIZES, assert_same_weights, flags  # noqa: F401 - a fi
 from checkpoint import save_model
 from error import UserError
 from model import NETWORKS, inherit, load_model, slim
-from model.slicing import narrow_twin
+from model.slicing import evenly, narrow_twin
 
 NETS = {
     "EDSR": dict(n_resblocks=2, n_feats=16),
@@ -81,9 +81,9 @@ def test_a_width_that_leaves_no_whole_channels_is_refused(width, words):
 
 
 def test_inheriting_from_another_kind_or_a_smaller_network_is_refused():
-    with pytest.raises(UserError, match="EDSR is no channel slice of that RCAN"):
+    with pytest.raises(UserError, match="the one is EDSR, the other RCAN"):
         inherit(build("EDSR"), build("RCAN"))
-    with pytest.raises(UserError, match="no channel slice"):
+    with pytest.raises(UserError, match=r"its head.0.weight has \[16, 3, 3, 3\], the teacher's \[8, 3"):
         inherit(build("EDSR"), narrow_twin(build("EDSR"), 0.5))
 
 
@@ -124,6 +124,102 @@ def test_a_student_may_start_from_its_teachers_channels(run_main, flags, tmp_pat
     student = load_model(tmp_path / "run" / "model" / "model_latest.pt")
     assert status == 0
     assert torch.allclose(student.body[1].body[2].weight, build("EDSR").body[1].body[2].weight[:8, :8])
+
+
+# ---- fewer blocks
+
+SHALLOW = {
+    "EDSR": (dict(n_resblocks=8, n_feats=16), dict(n_resblocks=3, n_feats=8)),
+    "RCAN": (dict(n_resgroups=4, n_resblocks=3, n_feats=16, reduction=4), dict(n_resgroups=2, n_resblocks=1, n_feats=8,
+                                                                               reduction=4)),
+    "SAN": (dict(n_resgroups=3, n_resblocks=2, n_feats=16, reduction=4), dict(n_resgroups=2, n_resblocks=1, n_feats=8,
+                                                                              reduction=4)),
+    "SwinIR": (dict(depths=[4, 4, 4], n_feats=16, num_heads=[2, 2, 2], window_size=4),
+               dict(depths=[2, 2], n_feats=8, num_heads=[2, 2], window_size=4)),
+    "RDN": (dict(G0=16, RDNconfig="4,2,8"), dict(G0=8, RDNconfig="3,2,4")),
+    "IMDN": (dict(n_feats=64, n_modules=4), dict(n_feats=32, n_modules=2)),
+}
+
+
+def make(name, sizes, seed=0):
+    torch.manual_seed(seed)
+    return NETWORKS[name][0](2, **sizes).eval()
+
+
+@pytest.mark.parametrize("name", SHALLOW)
+def test_every_network_inherits_fewer_blocks_and_channels(name):
+    deep, shallow = SHALLOW[name]
+    teacher, student = make(name, deep), make(name, shallow, seed=1)
+    inherit(student, teacher)
+    values = {value for parameter in teacher.parameters() for value in parameter.flatten().tolist()}
+    assert all(set(parameter.flatten().tolist()) <= values for parameter in student.parameters())
+    assert student(torch.rand(1, 3, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("count, total, chosen", [(3, 8, [0, 4, 7]), (4, 4, [0, 1, 2, 3]), (2, 32, [0, 31]), (1, 5, [0]),
+                                                  (16, 20, None)])
+def test_blocks_are_evenly_spaced(count, total, chosen):
+    found = evenly(count, total)
+    assert found == (chosen or found) and len(set(found)) == count and found == sorted(found)
+    assert found[0] == 0 and (count == 1 or found[-1] == total - 1)
+
+
+def test_which_blocks_a_student_gets_in_groups_and_at_their_end():
+    deep, shallow = (dict(n_resgroups=4, n_resblocks=5, n_feats=8, reduction=4),
+                     dict(n_resgroups=3, n_resblocks=3, n_feats=4, reduction=4))
+    teacher, student = make("RCAN", deep), make("RCAN", shallow, seed=1)
+    inherit(student, teacher)
+    for mine, group in enumerate((0, 2, 3)):
+        for block, its in ((0, 0), (1, 2), (2, 4), (3, 5)):  # the last of which is the convolution that ends the group
+            one, other = student.body[mine].body[block], teacher.body[group].body[its]
+            weight, source = (one.weight, other.weight) if block == 3 else (one.body[2].weight, other.body[2].weight)
+            assert torch.equal(weight, source[:4, :4])
+    assert torch.equal(student.body[3].weight, teacher.body[4].weight[:4, :4])
+
+
+def test_a_fusion_of_all_blocks_keeps_the_columns_of_those_that_are_kept():
+    teacher, student = make("IMDN", dict(n_feats=64, n_modules=3)), make("IMDN", dict(n_feats=32, n_modules=2), seed=1)
+    inherit(student, teacher)
+    whole = teacher.c[0].weight
+    assert torch.equal(student.c[0].weight, torch.cat([whole[:32, :32], whole[:32, 128:160]], 1))
+    assert torch.equal(student.IMDB2.c1.weight, teacher.IMDB3.c1.weight[:32, :32])
+
+
+def test_blocks_that_do_nothing_can_be_left_out():
+    """Of a teacher whose inner blocks add nothing, a student of the outer two computes the same."""
+    teacher, student = make("EDSR", dict(n_resblocks=4, n_feats=8)), make("EDSR", dict(n_resblocks=2, n_feats=8), seed=1)
+    with torch.no_grad():
+        for block in teacher.body[1:3]:
+            for parameter in block.parameters():
+                parameter.zero_()
+    x = torch.rand(1, 3, 6, 6) * 255
+    assert not torch.allclose(student(x), teacher(x), atol=1e-3)
+    assert torch.allclose(inherit(student, teacher)(x), teacher(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("name, sizes, change, words", [
+    ("EDSR", NETS["EDSR"], dict(n_resblocks=3), r"more blocks body\.\*, 3, than the teacher, 2"),
+    ("EDSR", NETS["EDSR"], dict(n_feats=24), "head.0.weight has"),
+    ("SwinIR", NETS["SwinIR"], dict(window_size=2), "window_size is 2, the teacher's 4"),
+    ("SwinIR", NETS["SwinIR"], dict(resi_connection="3conv"), "differ in"),
+    ("SwinIR", NETS["SwinIR"], dict(upsampler="pixelshuffledirect"), "differ in"),
+    ("RDN", NETS["RDN"], dict(RDNkSize=1), r"SFENet1.weight has \[16, 3, 1, 1\]"),
+])
+def test_what_cannot_be_inherited_is_said(name, sizes, change, words):
+    with pytest.raises(UserError, match=words):
+        inherit(make(name, {**sizes, **change}), make(name, sizes))
+
+
+def test_the_template_of_inheriting_trains_from_the_teachers_weights(run_main, flags, tmp_path):  # noqa: F811
+    save_model(make("RCAN", dict(n_resgroups=3, n_resblocks=2, n_feats=16, reduction=8)), tmp_path / "teacher.pt")
+    line = flags + f"--teacher {tmp_path / 'teacher.pt'} --template inherit --lr 1e-30 --epochs 1 --test_every 1"
+    assert run_main("train", line)[0] == 0
+    student, teacher = load_model(tmp_path / "run" / "model" / "model_latest.pt"), load_model(tmp_path / "teacher.pt")
+    assert torch.allclose(student.body[1].body[0].body[0].weight, teacher.body[2].body[0].body[0].weight[:8, :8])
+    assert "loss: 1*DS" in (tmp_path / "run" / "config.txt").read_text()
+    line = line.replace("--n_resgroups 2", "").replace("--reduction 4", "").replace("--model RCAN", "--model EDSR --reset")
+    status, _, err = run_main("train", line)
+    assert status == 2 and len(err) == 1 and "the one is EDSR, the other RCAN" in err[0]
 
 
 @pytest.mark.parametrize("extra, words", [

@@ -11,7 +11,8 @@ __all__ = ["Crops", "Images", "make_batches", "make_benchmarks"]
 
 
 def make_batches(args, crops, start, stop, pin_memory=False):
-    """Loader of batches start..stop-1 of the run: pairs of uint8 tensors N x 3 x p x p and N x 3 x sp x sp.
+    """Loader of batches start..stop-1 of the run: uint8 tensors N x 3 x p x p and N x 3 x sp x sp, and the int16 N x 3k x sp
+    x sp of k teachers that were asked once.
 
     One loader serves the whole run: its workers start once and fetch ahead while the epochs are tested.
     """

@@ -1,4 +1,4 @@
-"""Decoded images on disk: each source file once, as a uint8 .npy that is memory-mapped, so that a crop reads its own bytes.
+"""Decoded images on disk: each source file once, as an .npy that is memory-mapped, so that a crop reads its own bytes.
 
 The name of an entry holds the size and time of its source: a changed source has no entry, and the outdated one is removed.
 """
@@ -20,7 +20,7 @@ class Cache:
         self.folder = folder
 
     def get(self, source, kind, decode):
-        """decode(source) -> uint8 array, kept as `kind`/name; returns it, memory-mapped where there is a cache."""
+        """decode(source) -> array, kept as `kind`/name; returns it, memory-mapped where there is a cache."""
         if self.folder is None:
             return decode(source)
         entry = self.entry(source, kind)
@@ -42,7 +42,7 @@ class Cache:
                             "--ext img to do without") from None
         finally:
             with suppress(OSError):
-                part.unlink()
+                part.unlink(missing_ok=True)
         return np.load(entry, mmap_mode="r")
 
     def entry(self, source, kind):

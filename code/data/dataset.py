@@ -48,6 +48,11 @@ class Images:
         except ValueError as error:
             raise UserError(f"{file}: {error}") from None
 
+    def answer(self, index, kind, make):
+        """int16 sH x sW x 3, a teacher's answer to LR kept as `kind`; `make()` where it is not there."""
+        pair = self.pairs[index]
+        return self.cache.get(pair.lr or pair.hr, kind, lambda _: make())
+
     def alpha(self, index):
         """uint8 H x W of an LR image without a truth, where it has transparent parts; else None."""
         pair = self.pairs[index]
@@ -83,6 +88,7 @@ class Crops(Dataset):
         self.seed, self.scale, self.augment = args.seed, args.scale, not args.no_augment
         self.patch = args.patch_size // args.scale  # LR pixels
         self.order = None, None
+        self.answers = []  # of each teacher that was asked once: as what the cache keeps its answers (data/teacher_cache.py)
         for images in self.sets:
             for size, pair in zip(images.prepare(), images.pairs):
                 if min(size) < args.patch_size:
@@ -91,20 +97,31 @@ class Crops(Dataset):
         self.where = [(images, index) for images in self.sets for index in range(len(images))]
 
     def __getitem__(self, number):
-        """-> LR 3 x p x p and HR 3 x sp x sp, uint8 tensors."""
+        """-> LR 3 x p x p and HR 3 x sp x sp, uint8 tensors, and where k teachers were asked once 3k x sp x sp of int16."""
         images, index = self.where[self._image(number)]
         lr, hr = images.lr(index), images.hr(index)
         rng = np.random.default_rng([self.seed, 1, number])
         top, left = (int(rng.integers(size - self.patch + 1)) for size in lr.shape[:2])
         orientation = rng.integers(2, size=3) if self.augment else (0, 0, 0)
-        return tuple(to_tensor(orient(image[top * k:(top + self.patch) * k, left * k:(left + self.patch) * k], *orientation))
-                     for image, k in ((lr, 1), (hr, self.scale)))
+
+        def crop(image, k):
+            return orient(image[top * k:(top + self.patch) * k, left * k:(left + self.patch) * k], *orientation)
+
+        parts = [crop(lr, 1), crop(hr, self.scale)]
+        if self.answers:
+            answers = [images.answer(index, kind, _removed) for kind in self.answers]
+            parts.append(np.concatenate([crop(answer, self.scale) for answer in answers], 2))
+        return tuple(to_tensor(part) for part in parts)
 
     def _image(self, number):
         turn, place = divmod(number, len(self.where))
         if self.order[0] != turn:
             self.order = turn, np.random.default_rng([self.seed, 0, turn]).permutation(len(self.where))
         return self.order[1][place]
+
+
+def _removed():
+    raise UserError("--cache_teacher: an answer was removed from the cache: go on with --resume 1, which has it made again")
 
 
 def orient(image, flip_horizontal, flip_vertical, transpose):

@@ -45,24 +45,50 @@ def parse(string):
 
 
 def needs_of(string):
-    """What the terms of a loss string look at: a set of 'hr', 'teacher', 'features'."""
+    """What the terms of a loss string look at: a set of the words of `Term.needs`."""
     return frozenset().union(*(TERMS[name].needs for _, name in parse(string)))
 
 
 class Loss(nn.Module):
-    """Weighted sum of terms. `names` is their order; `needs` is what a step must hold."""
+    """Weighted sum of terms, over the views of a batch. `names` is the terms' order.
+
+    On views that were made from the batch (data/views.py) a term is one of those of --view_terms, or, where none are named,
+    any that compares no feature maps. It never is one that needs a truth where there is none, or trains the teacher.
+    """
 
     def __init__(self, string, setting):
         super().__init__()
         self.names = [name for _, name in parse(string)]
         self.weights = {name: weight for weight, name in parse(string)}
         self.needs = needs_of(string)
+        self.view_terms = setting.args.view_terms if setting.views else []
+        check_views(self, setting.views)
         self.terms = nn.ModuleDict({name: TERMS[name](setting) for name in self.names})
 
-    def forward(self, step):
-        """-> (total, the weighted value of each term in the order of `names`, without a graph); float32 throughout."""
-        with torch.autocast(step.lr.device.type, enabled=False):
-            values = torch.stack([self.weights[name] * self.terms[name](step) for name in self.names])
+    def looks_at(self, view, has_truth):
+        """Names of the terms that are computed on the view of that name."""
+        if view == "plain":
+            return self.names
+        asked = [name for name in self.names
+                 if (name in self.view_terms if self.view_terms else "features" not in TERMS[name].needs)]
+        missing = {"teacher_graph"} if has_truth else {"teacher_graph", "hr"}
+        return [name for name in asked if not TERMS[name].needs & missing]
+
+    def needs_on(self, view, has_truth):
+        """What these terms look at."""
+        return frozenset().union(*(TERMS[name].needs for name in self.looks_at(view, has_truth)))
+
+    def forward(self, *steps):
+        """A step for each view -> (total, the weighted value of each term in the order of `names`, without a graph).
+
+        float32 throughout.
+        """
+        names = [self.looks_at(step.view, step.hr is not None) for step in steps]
+        with torch.autocast(steps[0].lr.device.type, enabled=False):
+            values = torch.stack([
+                self.weights[name] * sum(step.weight * self.terms[name](step)
+                                         for step, looking in zip(steps, names) if name in looking)
+                for name in self.names])
         return values.sum(), values.detach()
 
     def trained(self):
@@ -72,3 +98,21 @@ class Loss(nn.Module):
         with torch.autocast(step.lr.device.type, enabled=False):
             for term in self.terms.values():
                 term.update(step)
+
+
+def check_views(loss, views):
+    """Raises UserError where a view and the terms that are to look at it do not fit."""
+    looking = {view: loss.looks_at(view.name, view.has_truth) for view in views}
+    for name in loss.view_terms:
+        if name not in loss.names:
+            raise UserError(f"--view_terms {name}: the loss has no such term, it has {', '.join(loss.names)}")
+        if not any(name in names for names in looking.values()):
+            raise UserError(f"--view_terms {name}: it cannot work on {' and '.join(view.name for view in views)}")
+    for view, names in looking.items():
+        if not names:
+            raise UserError(f"--upcycle {view.name}: no term of {'+'.join(loss.names)} would look at that view"
+                            + ("" if view.has_truth else ", which has no truth: add TS"))
+        large = next((name for name in names if TERMS[name].smallest > view.side), None)
+        if large:
+            raise UserError(f"--upcycle {view.name}: {large} needs images of {TERMS[large].smallest} pixels and more, those "
+                            f"of this view have {view.side}: give a larger --patch_size, or other --view_terms")

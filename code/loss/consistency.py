@@ -2,13 +2,16 @@
 
 Four invertible operations, in this order: colour inversion rgb_range - x, horizontal flip, vertical flip, transpose. `draw`
 chooses them per image, `perturb` applies them, `restore` undoes them on the output. DUKD (Zhang et al., 2023) perturbs the
-student's input, DCKD (Zhou et al., AAAI 2025) the teacher's. DUKD's published code undoes the operations in the order in
-which it applied them, wrong wherever a transpose meets a flip; here it is the reverse order.
+student's input (--label_consistency), DCKD (Zhou et al., AAAI 2025) the teacher's (LC). DUKD's published code undoes the
+operations in the order in which it applied them, wrong wherever a transpose meets a flip; here it is the reverse order.
+
+The student's feature maps are then those of the perturbed input, moved back to where the teacher's are; where the colours
+were inverted, what it sees remains an inverted image.
 """
 import torch
 import torch.nn.functional as F
 
-from loss.step import Term
+from loss.step import Output, Term
 
 INVERT, FLIP_HORIZONTAL, FLIP_VERTICAL, TRANSPOSE = range(4)
 
@@ -41,6 +44,23 @@ def restore(images, chosen, rgb_range):
     return images
 
 
+def restore_map(x, chosen):
+    """Undoes what moved the positions of a feature map, N x C x H x W; a map of an image of inverted colours stays one."""
+    chosen = chosen.to(x.device)
+    for operation in (TRANSPOSE, FLIP_VERTICAL, FLIP_HORIZONTAL):
+        x = _apply(operation, x, chosen[:, operation], None)
+    return x
+
+
+def on_perturbed(run, lr, p, rgb_range):
+    """The Output of run(lr) for the perturbed lr, mapped back; each operation has probability p. With p 0 that of lr."""
+    if not p:
+        return run(lr)
+    chosen = draw(lr, p)
+    output = run(perturb(lr, chosen, rgb_range))
+    return Output(restore(output.sr, chosen, rgb_range), [restore_map(x, chosen) for x in output.features])
+
+
 def _apply(operation, images, chosen, rgb_range):
     if operation == TRANSPOSE and images.shape[2] != images.shape[3]:
         if chosen.any() != chosen.all():
@@ -53,7 +73,7 @@ def _apply(operation, images, chosen, rgb_range):
 
 class LabelConsistency(Term):
     """LC: L1(S, T_lc), T_lc the teacher's output on the perturbed LR, mapped back; each operation has probability --lc_p."""
-    needs = frozenset({"teacher"})
+    needs = frozenset({"teacher_net"})
 
     def __init__(self, setting):
         super().__init__(setting)

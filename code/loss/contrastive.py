@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from error import UserError
 from loss.frozen import once
 from loss.step import Term
-from loss.vgg import shared_vgg, without_graph
+from loss.vgg import SMALLEST, shared_vgg, without_graph
 
 WEIGHTS = 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1
 EPSILON = 1e-7
@@ -73,6 +73,7 @@ class Contrast(Term):
     graph of teacher and negatives is kept that nothing uses.
     """
     needs = frozenset({"teacher"})
+    smallest = SMALLEST
 
     def __init__(self, setting):
         super().__init__(setting)
@@ -106,6 +107,7 @@ class Perceptual(Term):
     (Johnson et al., ECCV 2016; Wang et al., CVPR 2018). EDSR's code takes the squared difference of one layer, conv5_4.
     """
     needs = frozenset({"hr"})
+    smallest = SMALLEST
 
     def __init__(self, setting):
         super().__init__(setting)

@@ -17,10 +17,17 @@ class Output:
     def detach(self):
         return Output(self.sr.detach(), [x.detach() for x in self.features])
 
+    def split(self, counts):
+        """Of a batch that was put together -> an Output for each of its parts, of so many images."""
+        maps = [x.split(counts) for x in self.features]
+        return [Output(sr, [parts[index] for parts in maps]) for index, sr in enumerate(self.sr.split(counts))]
+
 
 @dataclass
 class Step:
     """One view of a batch; hr is None where there is no truth, teacher (which never has a graph) where no term needs one.
+
+    `weight` is the view's: of what all terms make of it.
 
     The networks themselves are there for terms that show them something else: `run(net, images)` -> sr computes in the run's
     precision. `average` is the student's moving average where the run keeps one, else the student. `kept` lives as long as
@@ -32,6 +39,7 @@ class Step:
     teacher: Output | None
     teacher_graph: torch.Tensor | None = None  # the teacher's sr with its graph, for the terms that train the teacher
     view: str = "plain"
+    weight: float = 1
     iteration: int = 0
     student_net: nn.Module | None = None
     teacher_net: nn.Module | None = None
@@ -47,6 +55,7 @@ class Setting:
     student: nn.Module
     teachers: list
     device: torch.device | str = "cpu"
+    views: list = field(default_factory=list)  # beside the plain one: what data.views.plan says of each
     kept: dict = field(default_factory=dict)
 
 
@@ -55,8 +64,12 @@ class Term(nn.Module):
 
     Its parameters are trained with the student's, unless `trained` says otherwise; `update(step)`, after the optimiser's
     step, is for terms with a memory or an optimiser of their own. What must survive an interruption is in its state_dict.
+    It is called for each view of the batch that it can work on (`Loss.looks_at`), but updated by the plain one alone.
     """
-    needs = frozenset()  # of "hr", "teacher", "features"; "teacher_graph" for a teacher that is trained as well
+    # of "hr", "teacher" (its output), "features" (maps of both networks), "teacher_graph" (a teacher that is trained as
+    # well), "teacher_net" (to be shown something else)
+    needs = frozenset()
+    smallest = 1  # side of the images that it can judge, in pixels
 
     def __init__(self, setting):
         super().__init__()
@@ -66,7 +79,7 @@ class Term(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def update(self, step):
-        """Called once per iteration, after the student's update; step holds what the loss was computed from."""
+        """Called once per iteration, after the student's update; step is the plain view that the loss was computed from."""
 
 
 def require_equal_widths(name, setting):

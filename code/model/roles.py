@@ -7,7 +7,7 @@ from model.teachers import teacher_path
 def make_networks(args, needs):
     """-> (student, teachers); no teachers where nothing needs one.
 
-    The student is new, or starts from --pre_train, or from the teacher's channels (--init_from_teacher), or is a slice of
+    The student is new, or starts from --pre_train, or from the teacher's weights (--init_from_teacher), or is a slice of
     the teacher that shares its weights (--width_mult).
     """
     if args.width_mult:
@@ -16,10 +16,11 @@ def make_networks(args, needs):
     if args.init_from_teacher and len(args.teacher) > 1:
         raise UserError(f"--init_from_teacher copies from one teacher, --teacher names {len(args.teacher)}")
     student = make_student(args)  # first: the same seed gives the same student, whatever teaches it
-    teachers = make_teachers(args) if "teacher" in needs or args.init_from_teacher else []
+    asked = bool(needs & {"teacher", "teacher_net"})
+    teachers = make_teachers(args) if asked or args.init_from_teacher else []
     if args.init_from_teacher:
         inherit(student, teachers[0])
-    return student, teachers if "teacher" in needs else []
+    return student, teachers if asked else []
 
 
 def make_whole(args):
@@ -51,11 +52,15 @@ def make_student(args):
     return student
 
 
+def teacher_files(args):
+    """The checkpoint file of each of --teacher."""
+    return [teacher_path(name, args.scale) for name in args.teacher]
+
+
 def make_teachers(args):
     """The teachers of --teacher: checkpoint files, or names of networks whose checkpoint is in teacher_checkpoint/."""
     teachers = []
-    for name in args.teacher:
-        path = teacher_path(name, args.scale)
+    for path in teacher_files(args):
         net = require_rgb(load_model(path, scale=args.scale), path)
         net.rgb_range = args.rgb_range
         teachers.append(net)

@@ -1,9 +1,12 @@
-"""Channel slices of a network, as in CSD (Wang et al., IJCAI 2021): of every parameter the first rows and columns.
+"""Channel slices of a network, as in CSD (Wang et al., IJCAI 2021): of every parameter the first rows and columns; and
+students that start from the slice of a teacher, of fewer blocks as well.
 
 What the slice of each parameter is shows in a narrow twin, the same network built with fewer channels: along each axis the
 first as many entries as the twin has. So the networks know nothing of it. An upsampling convolution gives its first
 r x n_feats x s^2 rows, a convolution over concatenated maps its first columns of the whole, an image channel stays.
 """
+import re
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -11,6 +14,8 @@ from torch.func import functional_call
 from error import UserError
 from model import rdn
 
+MEANING = "scale", "window_size", "group"  # constructor arguments on which it depends what an entry of a parameter means
+UNLIKE = "the student cannot start from the teacher's weights"
 WIDTHS = "n_feats", "G0", "RDNconfig", "n_inner"  # constructor arguments that count channels and scale with the width
 
 
@@ -46,13 +51,116 @@ def slim(net, width):
 
 
 def inherit(student, teacher):
-    """Copies the slice of the teacher that has the student's shapes into the student; both are of one kind and depth."""
-    check(teacher, student)
-    weights = dict(teacher.named_parameters())
+    """Copies the teacher's weights into a student of the same kind with as many or fewer channels and blocks.
+
+    Of channels it gets the first, of a row of blocks, wherever such rows are, evenly spaced ones in their order, the first
+    and the last included. Raises UserError where there is nothing to copy.
+    """
+    kinds = [type(net).__name__ for net in (student, teacher)]
+    if type(student) is not type(teacher):
+        raise UserError(f"{UNLIKE}: the one is {kinds[0]}, the other {kinds[1]}")
+    for name in MEANING:
+        values = [net.config.get(name) for net in (student, teacher)]
+        if values[0] != values[1]:
+            raise UserError(f"{UNLIKE}: its {name} is {values[0]}, the teacher's {values[1]}")
+    mine, theirs = (dict(net.named_parameters()) for net in (student, teacher))
+    rows = []  # those of which the student has fewer blocks: (its number of them, the teacher's, which of these)
+    sources = counterparts(tree(mine), tree(theirs), rows=rows)
+    widths = student.n_feats, teacher.n_feats
     with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            parameter.copy_(part(weights[name], parameter.shape))
+        for name, parameter in mine.items():
+            source = columns_of(theirs[sources[name]], parameter.shape, rows, widths)
+            wrong = source.dim() != parameter.dim() or source.shape[2:] != parameter.shape[2:] or any(
+                small > large for small, large in zip(parameter.shape, source.shape))
+            if wrong:
+                raise UserError(f"{UNLIKE}: its {name} has {list(parameter.shape)}, the teacher's {list(source.shape)}")
+            parameter.copy_(part(source, parameter.shape))
     return student
+
+
+def tree(names):
+    """Names of parameters -> nested dicts by the parts of the names, a number at the end of a part being one of its own."""
+    root = {}
+    for name in names:
+        node = root
+        *parts, last = [part for word in name.split(".") for part in split_number(word)]
+        for key in parts:
+            node = node.setdefault(key, {})
+        node[last] = name
+    return root
+
+
+def split_number(word):
+    """'IMDB3' -> 'IMDB', 3; '3' -> 3; 'weight' -> 'weight'."""
+    start, number = re.fullmatch(r"(.*?)([0-9]*)", word).groups()
+    return [part for part in (start, int(number) if number else None) if part not in ("", None)]
+
+
+def counterparts(student, teacher, rows, path=""):
+    """{name of a student's parameter: the teacher's that it starts from}, of two trees; notes in `rows` what is thinned."""
+    if isinstance(student, str):
+        return {student: teacher}
+    same = student.keys() == teacher.keys()
+    pairs = [(key, key) for key in student] if same else thin(student, teacher, rows, path)
+    found = {}
+    for mine, its in pairs:
+        if isinstance(student[mine], str) != isinstance(teacher[its], str):
+            raise UserError(f"{UNLIKE}: they differ in {path}{mine}")
+        found.update(counterparts(student[mine], teacher[its], rows, f"{path}{mine}."))
+    return found
+
+
+def thin(student, teacher, rows, path):
+    """Pairs of keys where the student has fewer blocks: runs of children that look alike, thinned one by one."""
+    runs, others = (runs_of(node) for node in (student, teacher))
+    if [look for look, _ in runs] != [look for look, _ in others]:
+        odd = next(iter(map(str, sorted(student.keys() ^ teacher.keys(), key=str))))
+        raise UserError(f"{UNLIKE}: they differ in {path}{odd}")
+    pairs = []
+    for (_, mine), (_, its) in zip(runs, others):
+        if len(mine) > len(its):
+            raise UserError(f"{UNLIKE}: it has more blocks {path}*, {len(mine)}, than "
+                            f"the teacher, {len(its)}")
+        chosen = evenly(len(mine), len(its))
+        if len(mine) < len(its):
+            rows.append((len(mine), len(its), chosen))
+        pairs += zip(mine, (its[index] for index in chosen))
+    return pairs
+
+
+def runs_of(node):
+    """[(how they look, keys)] of the children of a tree, those in a row that look alike together; words before numbers."""
+    runs = []
+    for key in sorted(node, key=lambda key: (isinstance(key, int), key)):
+        look = key if isinstance(key, str) else look_of(node[key])
+        if runs and runs[-1][0] == look:
+            runs[-1][1].append(key)
+        else:
+            runs.append((look, [key]))
+    return runs
+
+
+def look_of(node):
+    """What blocks have in common that differ only in how many blocks they hold in turn."""
+    if isinstance(node, str):
+        return "parameter"
+    return tuple(look for look, _ in runs_of(node))
+
+
+def evenly(count, total):
+    """Numbers of `count` of `total` blocks in a row, from the first to the last; of one alone the first."""
+    return [round(index * (total - 1) / max(count - 1, 1)) for index in range(count)]
+
+
+def columns_of(source, shape, rows, widths):
+    """The parameter without the columns fed by blocks that the student does not have, where it takes the maps of all blocks
+
+    at once, as its number of columns shows; else as it is. widths: the channels of the student's maps and the teacher's.
+    """
+    for count, total, chosen in rows:
+        if source.dim() > 1 and (shape[1], source.shape[1]) == (count * widths[0], total * widths[1]):
+            return source.unflatten(1, (total, -1))[:, chosen, :widths[0]].flatten(1, 2)
+    return source
 
 
 def narrow_twin(net, width):

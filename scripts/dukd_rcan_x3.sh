@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# DUKD: RCAN's student, 10 groups of 6 blocks, x3 (Zhang et al., 2023); arguments go to train.py.
+source "$(dirname "$0")/env.sh"
+python "$code/train.py" --ckp_dir dukd/rcan_x3 --scale 3 --template RCAN_student+DUKD_RCAN --teacher RCAN \
+    --save_results --chop --patch_size 144 "$@"

@@ -1,0 +1,45 @@
+"""The learning rate as a function of the iteration: steps by epochs and by iterations, cosine, warm-up."""
+import math
+
+import pytest
+
+import option
+from trainer import learning_rate
+
+
+def rates(line, count):
+    args = option.parse(f"--lr 1 --gamma 0.5 --epochs 5 --test_every 4 {line}".split())
+    return [learning_rate(args, iteration) for iteration in range(count)]
+
+
+def test_steps_by_epochs_and_by_iterations():
+    assert rates("--decay 1-3", 20) == [1] * 4 + [0.5] * 8 + [0.25] * 8
+    assert rates("--decay 3-6it", 20) == [1] * 3 + [0.5] * 3 + [0.25] * 14
+
+
+def test_cosine_is_whole_at_the_start_and_ends_near_0():
+    assert rates("--decay cosine", 20) == pytest.approx([(1 + math.cos(math.pi * k / 20)) / 2 for k in range(20)])
+
+
+def test_warm_up_rises_to_the_whole_rate_and_cosine_begins_after_it():
+    assert rates("--decay 9it --warmup 4", 12) == pytest.approx([0.25, 0.5, 0.75, 1] + [1] * 5 + [0.5] * 3)
+    assert rates("--decay 2it --warmup 4", 5) == pytest.approx([0.25, 0.5, 0.375, 0.5, 0.5])
+    found = rates("--decay cosine --warmup 4", 20)
+    assert found[:4] == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert found[4:] == pytest.approx([(1 + math.cos(math.pi * k / 16)) / 2 for k in range(16)])
+
+
+@pytest.mark.parametrize("line, words", [("--decay 200-100it", "rising"), ("--decay it", "neither cosine"),
+                                         ("--decay 1e5it", "neither cosine"), ("--decay 0it", "neither cosine"),
+                                         ("--warmup 2000 --epochs 2 --test_every 1000", "no shorter than the run"),
+                                         ("--warmup -1", "0 or more")])
+def test_a_schedule_that_cannot_be_gets_a_line(line, words, capsys):
+    with pytest.raises(SystemExit):
+        option.parse(line.split())
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_the_configuration_says_it_as_it_was_given():
+    assert str(option.parse(["--decay", "100000-200000it"]).decay) == "100000-200000it"
+    assert option.parse(["--template", "DUKD"]).decay == [100000, 200000]
