@@ -35,23 +35,6 @@ def require_file(path, name, flag):
                               f"place with {flag}, or try things out with --feature_net random")
 
 
-def fill(net, state, path, ignored):
-    """Loads weights strictly: all are there in their shapes, and nothing else but names that begin with one of `ignored`.
-
-    Raises CheckpointError.
-    """
-    wanted = net.state_dict()
-    wrong = [f"no {key}" for key in wanted if key not in state]
-    wrong += [f"{key} too many" for key in state if key not in wanted and not key.startswith(ignored)]
-    wrong += [f"{key} is {list(state[key].shape)}, not {list(wanted[key].shape)}" for key in wanted
-              if key in state and state[key].shape != wanted[key].shape]
-    if wrong:
-        raise CheckpointError(f"{path}: not a {net.title}: {'; '.join(wrong[:4])}"
-                              + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
-    net.load_state_dict({key: state[key] for key in wanted})
-    return net
-
-
 def randomise(net, seed=0):
     """Untrained weights for a network: normal by He et al.'s rule, from a generator of its own."""
     log.info("--feature_net random: the %s is an untrained one, its terms are for trying things out only", net.title)

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from error import UserError
-from loss.frozen import build, fill, frozen, randomise, require_file
-from model.loading import read_checkpoint
+from loss.frozen import build, frozen, randomise, require_file
+from model.loading import load_strictly, read_checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 WIDTHS = 64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512, 512, 512, 512, "pool", 512
@@ -48,7 +48,7 @@ def make_vgg(args):
         randomise(net)
     else:
         require_file(args.vgg_path, "vgg19", "--vgg_path")
-        fill(net, read_checkpoint(args.vgg_path)[1], args.vgg_path, IGNORED)
+        load_strictly(net, read_checkpoint(args.vgg_path)[1], f"{args.vgg_path}: not a {net.title}: ", IGNORED)
     net.rgb_range = args.rgb_range
     return net
 

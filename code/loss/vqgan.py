@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loss.frozen import build, fill, frozen, randomise, require_file
+from loss.frozen import build, frozen, randomise, require_file
 from model.common import pad_to_window
-from model.loading import CheckpointError, read_checkpoint
+from model.loading import CheckpointError, load_strictly, read_checkpoint
 
 IGNORED = "decoder.", "post_quant_conv.", "loss."
 F16_1024 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attention=(4,), z_channels=256, embed_dim=256,
@@ -189,7 +189,7 @@ def load_vqgan(path):
         raise CheckpointError(f"{path}: not a VQGAN: no {error.args[0]}") from None
     except (ValueError, IndexError) as error:
         raise CheckpointError(f"{path}: not a VQGAN that is known here: {error}") from None
-    return fill(net, state, path, IGNORED)
+    return load_strictly(net, state, f"{path}: not a {net.title}: ", IGNORED)
 
 
 def make_vqgan(args):

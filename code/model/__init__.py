@@ -4,7 +4,7 @@ import logging
 
 from error import UserError
 from model import carn, edsr, imdn, rcan, rdn, san, swinir
-from model.loading import CheckpointError, read_checkpoint
+from model.loading import CheckpointError, load_strictly, read_checkpoint
 from model.slicing import inherit, narrow_twin, slim
 
 __all__ = ["NETWORKS", "CheckpointError", "describe", "inherit", "load_as_told", "load_model", "make_model", "require_rgb",
@@ -123,16 +123,7 @@ def _build(path, name, network, config, state, override):
         net = network(**config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {name} cannot be built as its header says ({error})") from None
-    wanted = net.state_dict()
-    wrong = [f"no {key}" for key in wanted if key not in state]
-    wrong += [f"{key} too many" for key in state if key not in wanted]
-    wrong += [f"{key} is {list(state[key].shape)}, not {list(wanted[key].shape)}" for key in wanted
-              if key in state and state[key].shape != wanted[key].shape]
-    if wrong:
-        raise CheckpointError(f"{path}: looks like {name} {config}, but {'; '.join(wrong[:4])}"
-                              + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
-    net.load_state_dict(state)
-    return net.eval()
+    return load_strictly(net, state, f"{path}: looks like {name} {config}, but ").eval()
 
 
 def as_list(value):

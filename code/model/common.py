@@ -52,6 +52,12 @@ def conv(in_channels, out_channels, kernel_size=3):
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
 
+def squeeze_and_excite(n_feats, reduction):
+    """N x C x 1 x 1 -> N x C x 1 x 1 in 0..1: channel attention's two 1x1 convolutions, under the authors' `conv_du`."""
+    return nn.Sequential(conv(n_feats, n_feats // reduction, 1), nn.ReLU(inplace=True),
+                         conv(n_feats // reduction, n_feats, 1), nn.Sigmoid())
+
+
 class ImageConv(nn.Conv2d):
     """Convolution from an image or to one, in float32 under any autocast.
 

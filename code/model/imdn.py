@@ -4,7 +4,7 @@ import math
 import torch
 from torch import nn
 
-from model.common import ImageConv, Network, conv, count, through
+from model.common import ImageConv, Network, conv, count, squeeze_and_excite, through
 
 SLOPE = 0.05  # of the leaky ReLUs
 
@@ -14,8 +14,7 @@ class ContrastAttention(nn.Module):
 
     def __init__(self, n_feats):
         super().__init__()
-        self.conv_du = nn.Sequential(conv(n_feats, n_feats // 16, 1), nn.ReLU(inplace=True),
-                                     conv(n_feats // 16, n_feats, 1), nn.Sigmoid())
+        self.conv_du = squeeze_and_excite(n_feats, 16)
 
     def forward(self, x):
         # torch's own deviation: its gradient is 0 where a channel is constant; that of a square root would be infinite

@@ -59,3 +59,19 @@ def read_safetensors(path):
     except ImportError:
         raise CheckpointError(f"{path}: to read it needs the package safetensors: pip install safetensors") from None
     return load_file(path)
+
+
+def load_strictly(net, state, opening, ignored=()):
+    """Loads weights: all are there in their shapes, and nothing else but names that begin with one of `ignored`.
+
+    Raises CheckpointError, `opening` and then the first keys and shapes that do not fit.
+    """
+    wanted = net.state_dict()
+    wrong = [f"no {key}" for key in wanted if key not in state]
+    wrong += [f"{key} too many" for key in state if key not in wanted and not key.startswith(tuple(ignored))]
+    wrong += [f"{key} is {list(state[key].shape)}, not {list(wanted[key].shape)}" for key in wanted
+              if key in state and state[key].shape != wanted[key].shape]
+    if wrong:
+        raise CheckpointError(opening + "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+    net.load_state_dict({key: state[key] for key in wanted})
+    return net

@@ -1,8 +1,8 @@
 """RCAN: Image Super-Resolution Using Very Deep Residual Channel Attention Networks (Zhang et al., ECCV 2018)."""
 from torch import nn
 
-from model.common import (ImageConv, MeanShift, Network, Upsampler, conv, count, rename, through, upsampler_scale,
-                          with_default_means)
+from model.common import (ImageConv, MeanShift, Network, Upsampler, conv, count, rename, squeeze_and_excite, through,
+                          upsampler_scale, with_default_means)
 
 
 class ChannelAttention(nn.Module):
@@ -10,9 +10,7 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, n_feats, reduction):
         super().__init__()
-        self.conv_du = nn.Sequential(
-            conv(n_feats, n_feats // reduction, 1), nn.ReLU(inplace=True),
-            conv(n_feats // reduction, n_feats, 1), nn.Sigmoid())
+        self.conv_du = squeeze_and_excite(n_feats, reduction)
 
     def forward(self, x):
         return x * self.conv_du(x.mean((2, 3), keepdim=True))

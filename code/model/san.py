@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model.common import ImageConv, MeanShift, Network, Upsampler, conv, count, upsampler_scale, with_default_means
+from model.common import (ImageConv, MeanShift, Network, Upsampler, conv, count, squeeze_and_excite, upsampler_scale,
+                          with_default_means)
 
 COVARIANCE_SIDE = 1000  # a longer side is cut to its middle for the covariance, as in the authors' code
 NONLOCAL_REDUCTION = 8  # of the unused attention in the non-local block, and of its inner width by default
@@ -35,9 +36,7 @@ class SecondOrderAttention(nn.Module):
 
     def __init__(self, n_feats, reduction):
         super().__init__()
-        self.conv_du = nn.Sequential(
-            conv(n_feats, n_feats // reduction, 1), nn.ReLU(inplace=True),
-            conv(n_feats // reduction, n_feats, 1), nn.Sigmoid())
+        self.conv_du = squeeze_and_excite(n_feats, reduction)
 
     def forward(self, x):
         middle = x
