@@ -1,4 +1,5 @@
 """Shared parts of the tests: the code on the path, golden parameters, a small data root."""
+import gc
 import json
 import os
 import sys
@@ -29,6 +30,11 @@ def golden_parameters(keys):
             value += 1.0
         state[name] = torch.tensor(value, dtype=torch.float32)
     return state
+
+
+def pytest_sessionfinish():
+    """Ends the workers of loaders that only a kept traceback still holds; Python would wait for them before it ends."""
+    gc.collect()
 
 
 @pytest.fixture

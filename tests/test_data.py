@@ -1,6 +1,8 @@
 """Datasets, image files, the cache, bicubic resizing, crops."""
 import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -16,6 +18,8 @@ from data.cache import Cache, cache_folder
 from data.image import list_images, read_image, read_photo
 from data.source import find
 from error import UserError
+
+CODE = os.path.dirname(option.__file__)
 
 
 def noise(*shape, seed=0):
@@ -437,6 +441,22 @@ def test_an_error_in_a_worker_is_one_line(tmp_path, args):
     crops = dataset.Crops(flags)
     (tmp_path / "A" / "HR" / "0.png").write_bytes(b"nothing")
     assert message(list, data.make_batches(flags, crops, 0, 1)).startswith(str(tmp_path / "A" / "HR" / "0.png"))
+
+
+def test_a_process_that_ends_without_closing_its_loader_does_not_wait_for_the_workers(tmp_path):
+    make_dataset(tmp_path / "A", number=1)
+    script = f"""
+import sys
+sys.path.insert(0, {str(CODE)!r})
+import data, option
+args = option.parse("--dir_data {tmp_path} --dir_cache {tmp_path} --data_train A --scale 2 --patch_size 16".split())
+args.n_threads = 1
+data.GRACE = 1
+held = [iter(data.make_batches(args, data.Crops(args), 0, 9))]
+held.append(held)  # a cycle, as a traceback makes them: nothing closes the loader before the process ends
+next(held[0])
+"""
+    subprocess.run([sys.executable, "-c", script], timeout=60, check=True)
 
 
 def test_results_that_cannot_be_written_are_explained_before_the_upscaling(tmp_path, args):

@@ -1,5 +1,6 @@
 """Images from disk: training batches and test sets."""
 import signal
+import sys
 import warnings
 
 import torch
@@ -8,6 +9,7 @@ from torch.utils.data import DataLoader
 from data.dataset import Batches, Crops, Images
 
 __all__ = ["Crops", "Images", "make_batches", "make_benchmarks"]
+GRACE = 60  # seconds that a worker which was told to end still serves: the loop finishes its step and saves
 
 
 def make_batches(args, crops, start, stop, pin_memory=False):
@@ -32,6 +34,7 @@ def make_benchmarks(args):
 
 def _start_worker(worker):
     """Ctrl-C or a job manager's SIGTERM reaches every process: only the main one answers, and then ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # not ignored for good: a process that ends without closing its loader waits for workers that it told to end
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE) if hasattr(signal, "alarm") else sys.exit(1))
     torch.set_num_threads(1)
