@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from error import UserError
+from error import UserError, is_main
 from model import save_header
 from model.loading import CheckpointError
 from option import ROOT
@@ -51,7 +51,7 @@ def save_model(net, path):
 
 def start_logging():
     """Sends the log to the terminal, past any progress bar, and keeps it for the file of `log_to`."""
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if is_main() else logging.CRITICAL)
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -93,7 +93,7 @@ class Experiment:
 
     def __init__(self, args):
         self.folder = ROOT / "experiment" / args.ckp_dir
-        self.args = args
+        self.args, self.lock = args, None
         old = self.folder / "state.pt"
         if args.resume and not old.exists():
             raise UserError(f"--resume 1: {old} is not there; start the run without it, or name its folder with --ckp_dir")
@@ -104,6 +104,8 @@ class Experiment:
 
     def begin(self):
         """Takes the folder: makes it, locks it against a second run, removes what --reset replaces, starts the log."""
+        if not is_main():
+            return
         try:
             (self.folder / "model").mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder / ".lock")
@@ -116,6 +118,11 @@ class Experiment:
             raise UserError(f"{error.filename or self.folder}: cannot write there ({error.strerror}); give another --ckp_dir"
                             ) from None
         self._write_config()
+
+    def end(self):
+        """Gives the folder free for other runs."""
+        if self.lock:
+            self.lock.close()
 
     def _load(self, path):
         try:

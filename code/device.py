@@ -1,7 +1,11 @@
 """Which processor the networks run on, in which precision."""
 import logging
+import os
 
 import torch
+
+import processes
+from error import UserError
 
 log = logging.getLogger("sr")
 DTYPES = {"half": torch.float16, "bf16": torch.bfloat16}
@@ -11,6 +15,13 @@ def pick_device(args):
     """The GPU where there is one and --cpu does not forbid it, else the CPU, with a line that says so."""
     if args.cpu:
         return torch.device("cpu")
+    if processes.told() and torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}: start "
+                            "fewer, or give --cpu")
+        torch.cuda.set_device(local)  # where the collective operations take place
+        return torch.device("cuda", local)
     if torch.cuda.is_available():
         if args.gpu_id < torch.cuda.device_count():
             return torch.device("cuda", args.gpu_id)

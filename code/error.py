@@ -1,6 +1,15 @@
 """A user's mistake is answered with one line on stderr and exit status 2, never with a traceback."""
+import os
 import sys
 from contextlib import contextmanager
+
+
+LOST = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL"  # another process, by what was said
+
+
+def is_main():
+    """Whether this process is the one that writes and speaks, of several that torchrun started or alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class UserError(Exception):
@@ -31,6 +40,8 @@ def run(main):
     except KeyboardInterrupt:  # before training has its own handler, or a second Ctrl-C
         sys.exit(130)
     except RuntimeError as error:
+        if "RANK" in os.environ and any(words in str(error) for words in LOST):
+            sys.exit(1)  # the process that ended has said why, or torchrun does
         if not str(error).startswith("DataLoader worker"):  # raised by a signal handler of PyTorch's, anywhere
             raise
         sys.exit(fail("a process that loads training data was killed, most likely for want of memory; go on with --resume 1 "

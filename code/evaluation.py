@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 import inference
+import processes
 from data import degrade
 from data.image import write_image
 from device import autocast
@@ -45,14 +46,20 @@ def by_bicubic(scale):
 
 
 def score(upscale, images, writer=None, stop=lambda: False):
-    """Applies `upscale` to each of `images` -> Score, None where stop() became true; `writer` gets each result."""
-    psnrs, ssims, seconds = [], [], 0.0
+    """Applies `upscale` to each of `images` -> Score, None where stop() became true; `writer` gets each result.
+
+    Under several processes each takes a part of the images; the Score is that of all.
+    """
+    psnrs, ssims, seconds, stopped = [], [], 0.0, 0
     if writer:
         writer.prepare(images)
-    for index, pair in enumerate(tqdm(images.pairs, f"testing {images.name}", unit="image", leave=False,
-                                      mininterval=0.1 if sys.stderr.isatty() else 30)):
-        if stop():
-            return None
+    share = range(processes.rank(), len(images), processes.count())
+    for index in tqdm(share, f"testing {images.name}", unit="image", leave=False,
+                      mininterval=0.1 if sys.stderr.isatty() else 30):
+        stopped = int(stop())
+        if stopped:
+            break
+        pair = images.pairs[index]
         lr, hr = images.lr(index), images.hr(index)
         start = time.perf_counter()
         sr = upscale(lr)
@@ -65,9 +72,11 @@ def score(upscale, images, writer=None, stop=lambda: False):
                 raise UserError(f"{pair.hr}: {error}") from None
         if writer:
             writer.write(images, index, pair.name, sr, lr, hr)
-    scored = bool(psnrs)
-    return Score(images.name, len(images), float(np.mean(psnrs)) if scored else None,
-                 float(np.mean(ssims)) if scored else None, seconds / len(images))
+    if processes.largest(stopped):
+        return None
+    scored, *sums, seconds = processes.total([len(psnrs), sum(psnrs), sum(ssims), seconds])
+    psnr_mean, ssim_mean = (value / scored if scored else None for value in sums)
+    return Score(images.name, len(images), psnr_mean, ssim_mean, seconds / len(images))
 
 
 class Writer:

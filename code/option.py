@@ -39,10 +39,16 @@ def make_parser():
     group = parser.add_argument_group("machine")
     group.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     group.add_argument("--gpu_id", type=natural, default=0, help="which GPU to use")
+    group.add_argument("--n_GPUs", type=positive, default=1,
+                       help="train in so many processes on this machine, one for each GPU (with --cpu, so many on the CPU), "
+                            "that divide each batch among them; torchrun does the same on several machines")
     group.add_argument("--n_threads", type=up_to_64, default=2,
                        help="processes that load training data; 0 loads in the main one")
     group.add_argument("--precision", choices=("single", "half", "bf16"), default="single",
                        help="of the networks' arithmetic; weights and losses stay float32")
+    group.add_argument("--compile", action="store_true",
+                       help="train with networks compiled by torch.compile: a minute at the start, faster after, above all "
+                            "on GPUs; a network that cannot be compiled runs as it is")
     group.add_argument("--seed", type=seed, default=1, help="of weights, data order, crops and augmentation")
 
     group = parser.add_argument_group("data")
@@ -162,6 +168,9 @@ def make_parser():
     group.add_argument("--epochs", type=positive, default=200, help="epochs to train")
     group.add_argument("--test_every", type=positive, default=1000, help="batches per epoch; an epoch ends with a test")
     group.add_argument("--batch_size", type=batch, default=16, help="crops per batch")
+    group.add_argument("--split_batch", type=positive, default=1,
+                       help="parts that a batch is divided into, whose gradients are added up: less memory; terms that "
+                            "compare the images of a batch (IA, CSD, NCE) see those of a part")
     group.add_argument("--optimizer", choices=("ADAM", "SGD", "RMSprop"), default="ADAM", help="optimiser")
     group.add_argument("--lr", type=positive_number, default=1e-4, help="learning rate")
     group.add_argument("--decay", type=parse_decay, default="150-300-450-600",
@@ -283,6 +292,9 @@ def check_together(parser, args):
         parser.error("--resume 1 continues a run and --reset replaces it: give one of them")
     if args.save_gt and not args.save_results:
         parser.error("--save_gt adds to --save_results: give both")
+    if args.batch_size % (args.n_GPUs * args.split_batch):
+        parser.error(f"--batch_size {args.batch_size} cannot be divided evenly by --n_GPUs {args.n_GPUs} x --split_batch "
+                     f"{args.split_batch}")
     experiments = str(ROOT / "experiment")
     folder, cache = os.path.normpath(os.path.join(experiments, args.ckp_dir)), os.path.join(experiments, "cache")
     if folder == experiments or f"{folder}/".startswith(f"{cache}/"):

@@ -1,15 +1,24 @@
 """Distils a student from teachers: data, networks, loss, trainer. Run from this folder: python train.py --help"""
 import logging
+import os
 
 import option
-from error import UserError, run
+from error import UserError, is_main, run
 
 
 def main():
     args = option.parse()
+    if args.n_GPUs > 1 and "RANK" not in os.environ:
+        from processes import launch  # noqa: PLC0415
+        return launch(args)
+    if "RANK" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come once from each process
+    if not is_main():
+        os.environ["TQDM_DISABLE"] = "1"  # the main process alone shows bars
     import torch  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for it
 
     import loss  # noqa: PLC0415
+    import processes  # noqa: PLC0415
     from checkpoint import Experiment, note_failure, start_logging  # noqa: PLC0415
     from data import Crops, make_benchmarks, teacher_cache, views  # noqa: PLC0415
     from device import pick_device  # noqa: PLC0415
@@ -18,24 +27,31 @@ def main():
     from trainer import Trainer  # noqa: PLC0415
 
     start_logging()
-    torch.manual_seed(args.seed)
-    student, teachers = make_networks(args, loss.needs_of(args.loss))
     device = pick_device(args)
-    setting = loss.Setting(args, student, teachers, device, views.plan(args))
-    criterion = loss.Loss(args.loss, setting)
-    crops, benchmarks = Crops(args), make_benchmarks(args)
-    experiment = Experiment(args)
-    trainer = Trainer(args, student, teachers, criterion, crops, benchmarks, experiment, device)
-    if args.cache_teacher:
-        teacher_cache.prepare(crops, criterion, setting, teacher_files(args), device)
-    experiment.begin()
+    processes.connect(device.type)
+    with processes.main_one_first():
+        processes.require_divisible(args)
+        torch.manual_seed(args.seed)
+        student, teachers = make_networks(args, loss.needs_of(args.loss))
+        setting = loss.Setting(args, student, teachers, device, views.plan(args))
+        criterion = loss.Loss(args.loss, setting)
+        crops, benchmarks = Crops(args), make_benchmarks(args)
+        experiment = Experiment(args)
+        trainer = Trainer(args, student, teachers, criterion, crops, benchmarks, experiment, device)
+        if args.cache_teacher:
+            teacher_cache.prepare(crops, criterion, setting, teacher_files(args), device)
+        experiment.begin()
     logging.getLogger("sr").info("student: %s%s\nloss: %s", describe(student), "".join(
         f"\nteacher: {describe(net)}" for net in teachers), args.loss)
     try:
-        return trainer.fit()
+        status = trainer.fit()
+        processes.disconnect()
+        return status
     except UserError as failure:
         note_failure(failure)
         raise
+    finally:
+        experiment.end()
 
 
 if __name__ == "__main__":

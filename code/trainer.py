@@ -12,12 +12,13 @@ import torch
 from tqdm import tqdm
 
 import evaluation
+import processes
 from data import make_batches
 from data.teacher_cache import decode
 from data.views import make_views, together
 from device import autocast
 from error import UserError
-from loss import Output, Step
+from loss import Output, Step, join
 from loss.consistency import on_perturbed
 from option import Iterations
 from model import describe
@@ -36,7 +37,10 @@ class Trainer:
             net.eval()
             for parameter in set(net.parameters()) - own:
                 parameter.requires_grad_(False)
-        self.optimizer = make_optimizer(args, [*student.parameters(), *loss.trained()])
+        self.trained = [parameter for parameter in (*student.parameters(), *loss.trained()) if parameter.requires_grad]
+        self.optimizer = make_optimizer(args, self.trained)
+        self.evaluate = processes.Computation(self.judge, self.trained)
+        self.compiled = {}
         self.average = copy.deepcopy(student).eval().requires_grad_(False) if args.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "half")
         self.iteration, self.iterations = 0, args.epochs * args.test_every
@@ -52,15 +56,23 @@ class Trainer:
         args = self.args
         if len(self.history) == args.epochs:
             log.info("the run is finished: --epochs %d are done", args.epochs)
+        self.evaluate = processes.synchronised(self.evaluate)
+        if args.compile:
+            self.compile()
         with Interruption() as self.interruption:
             batches = iter(make_batches(args, self.crops, self.iteration, self.iterations, self.device.type == "cuda"))
-            while len(self.history) < args.epochs and not self.interruption.status:
+            while len(self.history) < args.epochs and not self.interrupted():
                 if self.train_epoch(batches):
                     self.test_epoch()
-            if self.interruption.status:
+            status = self.interrupted()
+            if status:
                 self.save_state()
                 log.info("stopped at iteration %d; the same command with --resume 1 goes on from there", self.iteration)
-        return self.interruption.status
+        return status
+
+    def interrupted(self):
+        """The exit status that a signal asks for, the same in all processes, whichever of them it reached; else 0."""
+        return processes.largest(self.interruption.status or (128 + signal.SIGTERM) * processes.orphaned())
 
     def train_epoch(self, batches):
         """Trains to the end of the epoch, of which a part may be done; False where that was interrupted."""
@@ -87,7 +99,7 @@ class Trainer:
                 elif self.device.type == "cpu":  # on a GPU to look at every value would stop it at every iteration
                     self.check()
                 progress.update()
-                if self.interruption.status:
+                if self.interrupted():
                     return False
                 if time.monotonic() - saved >= args.save_every:
                     self.save_state()
@@ -97,11 +109,17 @@ class Trainer:
 
     def step(self, lr, hr, answers=None):
         """One update of the student from a batch as `make_batches` gives it -> the weighted values of the loss's terms."""
-        steps = self.look(lr, hr, answers)
-        self.probe = steps[0].lr
-        total, values = self.loss(*steps)
+        parts = self.args.split_batch
+        self.steps, values = [], 0
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
+        for index, part in enumerate(zip(*(x.chunk(parts) for x in (lr, hr, answers) if x is not None))):
+            last = index + 1 == parts
+            with nullcontext() if last else self.evaluate.no_sync():
+                total, of_part = self.evaluate(*part)
+                self.scaler.scale(total / parts).backward()
+            values = values + of_part / parts
+        step = self.steps[0] if parts == 1 else join(self.steps)
+        self.probe = step.lr
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.args, self.iteration)
         if self.args.gclip:
@@ -111,8 +129,15 @@ class Trainer:
         self.scaler.update()
         if self.average:
             self.update_average()
-        self.loss.update(steps[0])
-        return values
+        self.loss.update(step)
+        self.steps = []
+        return processes.mean(values)
+
+    def judge(self, lr, hr, answers=None):
+        """The loss of a batch or a part of one -> (total, the weighted values of its terms); what it saw is in `steps`."""
+        steps = self.look(lr, hr, answers)
+        self.steps.append(steps[0])
+        return self.loss(*steps)
 
     def look(self, lr, hr, answers):
         """A Step for each view of the batch, the plain one first: what student and teacher make of it.
@@ -124,18 +149,20 @@ class Trainer:
         for view in views:
             view.lr, view.hr = self.to_input(view.lr), None if view.hr is None else self.to_input(view.hr)
         needs = [self.loss.needs_on(view.name, view.hr is not None) for view in views]
-        students = together(self.run_student, views, ["features" in need for need in needs])
+        inputs, features = [view.lr for view in views], ["features" in need for need in needs]
+        students = on_perturbed(partial(together, partial(self.run, self.student), features=features), inputs,
+                                self.args.label_consistency, self.args.rgb_range)
         drawn = self.draw_teacher()
         net = None if drawn is None else self.teachers[drawn]
         known = None if answers is None else Output(self.to_input(decode(self.part_of(answers, drawn))))
-        teachers = self.ask(net, views, needs, known)
+        teachers = self.ask(net, inputs, features, needs, known)
         return [Step(view.lr, view.hr, student, teacher and teacher.detach(),
                      teacher.sr if "teacher_graph" in need else None, view.name, view.weight,
                      iteration=self.iteration, student_net=self.student, teacher_net=net,
                      average=self.average or self.student, run=lambda net, x: self.run(net, x, features=False).sr)
                 for view, need, student, teacher in zip(views, needs, students, teachers)]
 
-    def ask(self, net, views, needs, known):
+    def ask(self, net, inputs, features, needs, known):
         """The teacher's Output on each view, None where no term looks at it; with a graph where one trains the teacher.
 
         known: that on the plain view where it was asked before, else None.
@@ -144,11 +171,11 @@ class Trainer:
         for graph in (False, True):
             asked = [index for index, need in enumerate(needs)
                      if "teacher" in need and index not in outputs and graph == ("teacher_graph" in need)]
-            with torch.set_grad_enabled(graph):
-                found = together(partial(self.run, net), [views[index] for index in asked],
-                                 ["features" in needs[index] for index in asked])
-            outputs.update(zip(asked, found))
-        return [outputs.get(index) for index in range(len(views))]
+            with nullcontext() if graph else torch.inference_mode():
+                found = together(partial(self.run, net), [inputs[index] for index in asked],
+                                 [features[index] for index in asked])
+            outputs.update(zip(asked, found if graph else (output.copy() for output in found)))
+        return [outputs.get(index) for index in range(len(inputs))]
 
     def part_of(self, answers, drawn):
         """Those of one of several teachers, on the device."""
@@ -161,12 +188,27 @@ class Trainer:
 
     def run(self, net, lr, features):
         with autocast(self.device, self.args):
-            out = net(lr, features=features)
+            out = self.compiled.get(net, net)(lr, features=features)
         return Output(*out) if features else Output(out)
 
-    def run_student(self, lr, features):
-        return on_perturbed(partial(self.run, self.student, features=features), lr, self.args.label_consistency,
-                            self.args.rgb_range)
+    def compile(self):
+        """Compiles the networks (--compile), those which it can: a trial says so."""
+        side, needs = self.args.patch_size // self.args.scale, self.loss.needs_on("plain", True)
+        lr = self.to_input(torch.zeros(self.args.batch_size // (processes.count() * self.args.split_batch), 3, side, side,
+                                       device=self.device))
+        for net in (self.student, *self.teachers):
+            trained = net is self.student or "teacher_graph" in needs
+            self.compiled[net] = torch.compile(net)
+            try:
+                with nullcontext() if trained else torch.inference_mode():
+                    output = self.run(net, lr, "features" in needs)
+                if trained:
+                    torch.autograd.backward([x.sum() for x in (output.sr, *output.features)])
+            except Exception as error:  # of the compiler, of what it calls, of the system's: there is no end of them
+                del self.compiled[net]
+                reason = " ".join(str(error).split())[:100]
+                log.info("--compile: %s cannot be compiled here, it runs as it is (%s ...)", type(net).__name__, reason)
+            self.optimizer.zero_grad(set_to_none=True)
 
     def draw_teacher(self):
         """The number of this batch's teacher; None where no term needs one."""
@@ -181,6 +223,8 @@ class Trainer:
     def check(self):
         """Ends the run where a term has become NaN or infinite: sums stay so, whenever in the epoch it was."""
         if not torch.isfinite(self.sums).all():
+            if processes.rank():
+                sys.exit(2)  # as all do, of which the main one says why
             raise UserError(f"the loss is not finite at iteration {self.iteration}: {self.describe(self.sums)}; what was "
                             f"saved before is in {self.experiment.folder}; try a lower --lr, --gclip, or --precision single")
 
@@ -200,7 +244,8 @@ class Trainer:
 
     def test_epoch(self):
         """Scores the student, keeps the epoch's record, and saves it all."""
-        self.check_weights()
+        if not processes.rank():
+            self.check_weights()
         self.student.eval()
         tested = self.average or self.student
         upscale = evaluation.by_network(tested, self.device, self.args)
@@ -216,6 +261,8 @@ class Trainer:
             loss=dict(zip(self.loss.names, (self.sums / self.args.test_every).tolist())),
             scores={s.dataset: (s.psnr, s.ssim) for s in scores if s.psnr is not None}))
         self.sums.zero_()
+        if processes.rank():
+            return
         best = {name: max((row["scores"][name][0], -row["epoch"]) for row in self.history if name in row["scores"])
                 for name in self.history[-1]["scores"]}
         best = {name: (psnr, -of_epoch) for name, (psnr, of_epoch) in best.items()}
@@ -232,6 +279,8 @@ class Trainer:
         return dict(network=describe(self.student), loss="+".join(self.loss.names), optimizer=self.args.optimizer)
 
     def save_state(self):
+        if processes.rank():
+            return
         self.check_weights()
         self.experiment.save_state(dict(
             identity=self.identity(), iteration=self.iteration, history=self.history, sums=self.sums,
@@ -267,7 +316,6 @@ class Trainer:
 
 
 def make_optimizer(args, parameters):
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     shared = dict(lr=args.lr, weight_decay=args.weight_decay)
     if args.optimizer == "ADAM":
         return torch.optim.Adam(parameters, betas=args.betas, eps=args.epsilon, fused=True, **shared)
@@ -301,16 +349,24 @@ def bar(description, first, start, stop):
 
 
 class Interruption:
-    """While in it, Ctrl-C and SIGTERM only set `status` (130, 143), for the loop to end in order; a second one ends it."""
+    """While in it, Ctrl-C and SIGTERM only set `status` (130, 143), for the loop to end in order; a second one ends it.
+
+    Not one that follows at once: torchrun passes on to its processes what the terminal has sent to them already.
+    """
+    PAUSE = 1  # second
 
     def __enter__(self):
-        self.status = 0
+        self.status, self.noted = 0, 0.0
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number, frame):
-        self.status = 128 + number
-        signal.signal(number, self.before[number])
+        now = time.monotonic()
+        if not self.status:
+            self.status, self.noted = 128 + number, now
+        elif now - self.noted > self.PAUSE:
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

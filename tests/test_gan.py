@@ -214,18 +214,6 @@ def test_any_size_of_image_has_a_score(monkeypatch):
         assert score.shape == (2, 1) and torch.isfinite(score).all()
 
 
-def test_gradients_are_averaged_over_processes(monkeypatch):
-    parameters = [nn.Parameter(torch.zeros(3))]
-    parameters[0].grad = torch.tensor([1., 2., 3.])
-    adversarial.average_gradients(parameters)  # one process: nothing happens
-    assert parameters[0].grad.tolist() == [1, 2, 3]
-    fake = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2,
-                           all_reduce=lambda x: x.add_(torch.tensor([3., 2., 1.])))
-    monkeypatch.setattr(adversarial, "distributed", fake)
-    adversarial.average_gradients(parameters)
-    assert parameters[0].grad.tolist() == [2, 2, 2]
-
-
 # ---- state
 
 def test_state_of_discriminator_and_its_optimiser_goes_on_exactly(tmp_path):

@@ -25,7 +25,7 @@ def seed():
 
 def make_loss(string, widths=(16, 16), **flags):
     """A Loss for networks of these widths, the student's first."""
-    defaults = dict(features=[1, 2, 3], pool_size=1, pool_type="max", P=2, rbf_gamma=5, batch_size=2)
+    defaults = dict(features=[1, 2, 3], pool_size=1, pool_type="max", P=2, rbf_gamma=5, batch_size=2, split_batch=1)
     args = SimpleNamespace(**{**defaults, **flags})
     student, *teachers = (SimpleNamespace(n_feats=width) for width in widths)
     return loss.Loss(string, loss.Setting(args, student, teachers))

@@ -23,7 +23,7 @@ def seed():
 
 def make_loss(string="1*NCE", **flags):
     defaults = dict(nce_type="hybrid", nce_mining="hard", nce_denominator="negatives", nce_patches=3, nce_patch_size=5,
-                    rgb_range=255, batch_size=4, patch_size=12)
+                    rgb_range=255, batch_size=4, split_batch=1, patch_size=12)
     return loss.Loss(string, loss.Setting(SimpleNamespace(**{**defaults, **flags}), None, []))
 
 

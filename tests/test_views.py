@@ -131,12 +131,11 @@ def test_views_of_one_size_go_through_together_with_the_values_of_each_alone(net
         calls.append(len(x))
         out = net(x, features=features)
         return loss.Output(*out) if features else loss.Output(out)
-    views = [View(name, 255 * torch.rand(count, 3, side, side), None)
-             for name, count, side in (("plain", 3, 8), ("zoom_in", 6, 8), ("zoom_out", 3, 4))]
-    found = together(run, views, [True, False, False])
+    inputs = [255 * torch.rand(count, 3, side, side) for count, side in ((3, 8), (6, 8), (3, 4))]
+    found = together(run, inputs, [True, False, False])
     assert calls == [9, 3]
-    for view, output in zip(views, found):
-        alone = run(view.lr, True)
+    for lr, output in zip(inputs, found):
+        alone = run(lr, True)
         assert torch.allclose(output.sr, alone.sr, rtol=1e-5, atol=1e-3)
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(output.features, alone.features))
     assert len(found[0].features) == 4 and not found[2].features
@@ -218,14 +217,15 @@ def repeat(x, features=False):
 def test_a_perturbed_input_is_mapped_back_on_output_and_maps():
     x = 255 * torch.rand(64, 3, 5, 5)
     torch.manual_seed(1)
-    found = on_perturbed(lambda x: repeat(x, True), x, 0.5, 255)
+    found, = on_perturbed(lambda inputs: [repeat(x, True) for x in inputs], [x], 0.5, 255)
     assert torch.allclose(found.sr, repeat(x).sr, atol=1e-4)
     torch.manual_seed(1)
     inverted = draw(x, 0.5)[:, 0]
     seen = torch.where(inverted.view(-1, 1, 1, 1), 255 - x, x)
     assert 10 < inverted.sum() < 54 and torch.allclose(found.features[0], seen.sqrt(), atol=1e-4)
     state = torch.get_rng_state()
-    assert torch.equal(on_perturbed(repeat, x, 0, 255).sr, repeat(x).sr) and torch.equal(torch.get_rng_state(), state)
+    found, = on_perturbed(lambda inputs: list(map(repeat, inputs)), [x], 0, 255)
+    assert torch.equal(found.sr, repeat(x).sr) and torch.equal(torch.get_rng_state(), state)
 
 
 # ---- the step of the trainer, against the plain way
@@ -245,8 +245,7 @@ def test_the_step_has_the_values_and_gradients_of_the_plain_way():
 
     torch.manual_seed(5)
     tiles = torch.multinomial(torch.ones(4, 4), 2)
-    chosen = draw(torch.zeros(12, 3, 8, 8), 0.5)
-    operations = [chosen[:4], chosen[4:], draw(torch.zeros(4, 3, 4, 4), 0.5)]
+    operations = [draw(torch.zeros(count, 3, 8, 8), 0.5) for count in (4, 8, 4)]
     net.requires_grad_(True)
     student.zero_grad()
     total = sum(plain_loss(student, net, x, y, of_view, (5, 1))

@@ -6,6 +6,7 @@ import warnings
 import torch
 from torch.utils.data import DataLoader
 
+import processes
 from data.dataset import Batches, Crops, Images
 
 __all__ = ["Crops", "Images", "make_batches", "make_benchmarks"]
@@ -13,14 +14,15 @@ GRACE = 60  # seconds that a worker which was told to end still serves: the loop
 
 
 def make_batches(args, crops, start, stop, pin_memory=False):
-    """Loader of batches start..stop-1 of the run: uint8 tensors N x 3 x p x p and N x 3 x sp x sp, and the int16 N x 3k x sp
-    x sp of k teachers that were asked once.
+    """Loader of batches start..stop-1 of the run, of this process's part of each: uint8 tensors N x 3 x p x p and N x 3 x sp
+    x sp, and the int16 N x 3k x sp x sp of k teachers that were asked once.
 
     One loader serves the whole run: its workers start once and fetch ahead while the epochs are tested.
     """
     warnings.filterwarnings("ignore", "This DataLoader will create")  # two on one core still fetch ahead of the training
-    return DataLoader(crops, batch_sampler=Batches(start, stop, args.batch_size), num_workers=args.n_threads,
-                      pin_memory=pin_memory, worker_init_fn=_start_worker,
+    batches = Batches(start, stop, args.batch_size, processes.rank(), processes.count())
+    return DataLoader(crops, batch_sampler=batches, num_workers=args.n_threads, pin_memory=pin_memory,
+                      worker_init_fn=_start_worker,
                       generator=torch.Generator().manual_seed(args.seed))  # its own: the global one belongs to the loss
 
 

@@ -139,13 +139,15 @@ def to_tensor(image):
 
 
 class Batches:
-    """Sampler: the numbers of the crops of batches start..stop-1 of the run."""
+    """Sampler: the numbers of the crops of batches start..stop-1 of the run, of each batch one of `parts` equal parts."""
 
-    def __init__(self, start, stop, batch_size):
-        self.start, self.stop, self.batch_size = start, stop, batch_size
+    def __init__(self, start, stop, batch_size, part=0, parts=1):
+        self.start, self.stop = start, stop
+        self.parts, self.part, self.size = parts, part, batch_size // parts
 
     def __len__(self):
         return self.stop - self.start
 
     def __iter__(self):
-        return iter(range(batch * self.batch_size, (batch + 1) * self.batch_size) for batch in range(self.start, self.stop))
+        places = range(self.start * self.parts + self.part, self.stop * self.parts, self.parts)  # in parts of batches
+        return iter(range(place * self.size, (place + 1) * self.size) for place in places)

@@ -12,6 +12,7 @@ import torch
 
 from data import degrade
 from error import UserError
+from processes import mine, whole
 
 
 @dataclass
@@ -35,7 +36,7 @@ def zoom_in(lr, hr, args):
     """The tiles of an image follow each other; which they are comes from torch's generator on the CPU."""
     scale, (height, width) = args.scale, lr.shape[2:]
     grid = hr.unflatten(2, (scale, height)).unflatten(4, (scale, width)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    chosen = torch.multinomial(torch.ones(len(lr), scale ** 2), args.n_zoom_in).to(hr.device)
+    chosen = mine(torch.multinomial(torch.ones(whole(len(lr)), scale ** 2), args.n_zoom_in)).to(hr.device)
     return grid[torch.arange(len(lr), device=hr.device)[:, None], chosen].flatten(0, 1), None
 
 
@@ -64,20 +65,19 @@ def plan(args):
     return [Planned(name, name != "zoom_in", args.patch_size if name == "zoom_in" else side * args.scale) for name in names]
 
 
-def together(run, views, features):
-    """[run(lr, features) of each view], an Output each; the views of one size go through as one batch.
+def together(run, inputs, features):
+    """[run(lr, features) of each batch of LR images], an Output each; those of one size go through as one batch.
 
-    features: for each view, whether its maps are wanted.
+    features: for each, whether its maps are wanted.
     """
     groups = {}
-    for index, view in enumerate(views):
-        groups.setdefault(view.lr.shape[2:], []).append(index)
+    for index, lr in enumerate(inputs):
+        groups.setdefault(lr.shape[2:], []).append(index)
     outputs = {}
     for group in groups.values():
         if len(group) == 1:
-            outputs[group[0]] = run(views[group[0]].lr, features[group[0]])
+            outputs[group[0]] = run(inputs[group[0]], features[group[0]])
             continue
-        whole = run(torch.cat([views[index].lr for index in group]), any(features[index] for index in group))
-        parts = whole.split([len(views[index].lr) for index in group])
-        outputs.update(zip(group, parts))
-    return [outputs[index] for index in range(len(views))]
+        joined = run(torch.cat([inputs[index] for index in group]), any(features[index] for index in group))
+        outputs.update(zip(group, joined.split([len(inputs[index]) for index in group])))
+    return [outputs[index] for index in range(len(inputs))]

@@ -4,10 +4,10 @@ from torch import nn
 
 from error import UserError
 from loss import adversarial, affinity, consistency, contrastive, distribution, feature, nce, pixel
-from loss.step import Output, Setting, Step, Term
+from loss.step import Output, Setting, Step, Term, join
 from option import parse_loss
 
-__all__ = ["TERMS", "Loss", "Output", "Setting", "Step", "Term"]
+__all__ = ["TERMS", "Loss", "Output", "Setting", "Step", "Term", "join"]
 
 TERMS = {
     "DS": pixel.DataSupervision,

@@ -17,10 +17,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import distributed, nn
+from torch import nn
 from torch.func import functional_call
 
 from loss.step import Term
+from processes import average_gradients, mean, mine, whole
 
 WIDTHS = 64, 64, 128, 128, 256, 256, 512, 512
 HIDDEN = 1024
@@ -51,7 +52,7 @@ def discriminator_loss(kind, real, fake):
     if kind in ("WGAN", "WGAN_GP"):
         return fake.mean() - real.mean()
     if kind == "RGAN":
-        real, fake = real - fake.mean(), fake - real.mean()
+        real, fake = real - mean(fake.mean()), fake - mean(real.mean())
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
@@ -68,18 +69,10 @@ def generator_loss(kind, real, fake):
 
 def gradient_penalty(discriminator, real, fake):
     """(|grad D| - 1)^2 at a random point between each real image and its fake one, from torch's generator."""
-    part = torch.rand(len(real), 1, 1, 1).to(real)
+    part = mine(torch.rand(whole(len(real)), 1, 1, 1)).to(real)
     between = (part * real + (1 - part) * fake).requires_grad_()
     gradient, = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
-
-
-def average_gradients(parameters):
-    """Over the processes, where there are several."""
-    if distributed.is_available() and distributed.is_initialized():
-        for parameter in parameters:
-            distributed.all_reduce(parameter.grad)
-            parameter.grad /= distributed.get_world_size()
 
 
 class Adversarial(Term):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from loss.step import Output, Term
+from processes import mine, whole
 
 INVERT, FLIP_HORIZONTAL, FLIP_VERTICAL, TRANSPOSE = range(4)
 
@@ -22,10 +23,10 @@ def draw(images, p):
     Where H and W differ all images are transposed or none, as the results must have one size. Random numbers are those of
     torch's generator on the CPU.
     """
-    chosen = torch.rand(len(images), 4) < p
+    chosen = torch.rand(whole(len(images)), 4) < p
     if images.shape[2] != images.shape[3]:
         chosen[:, TRANSPOSE] = chosen[:1, TRANSPOSE]
-    return chosen
+    return mine(chosen)
 
 
 def perturb(images, chosen, rgb_range):
@@ -52,13 +53,17 @@ def restore_map(x, chosen):
     return x
 
 
-def on_perturbed(run, lr, p, rgb_range):
-    """The Output of run(lr) for the perturbed lr, mapped back; each operation has probability p. With p 0 that of lr."""
+def on_perturbed(run, inputs, p, rgb_range):
+    """The Outputs of run(inputs), a list of batches, for perturbed ones, mapped back; each operation has probability p.
+
+    With p 0 those of the inputs.
+    """
     if not p:
-        return run(lr)
-    chosen = draw(lr, p)
-    output = run(perturb(lr, chosen, rgb_range))
-    return Output(restore(output.sr, chosen, rgb_range), [restore_map(x, chosen) for x in output.features])
+        return run(inputs)
+    drawn = [draw(lr, p) for lr in inputs]
+    outputs = run([perturb(lr, chosen, rgb_range) for lr, chosen in zip(inputs, drawn)])
+    return [Output(restore(output.sr, chosen, rgb_range), [restore_map(x, chosen) for x in output.features])
+            for output, chosen in zip(outputs, drawn)]
 
 
 def _apply(operation, images, chosen, rgb_range):

@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from error import UserError
 from loss.frozen import once
-from loss.step import Term
+from loss.step import Term, images_together
 from loss.vgg import SMALLEST, shared_vgg, without_graph
+from processes import gather, mean, mine, whole
 
 WEIGHTS = 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1
 EPSILON = 1e-7
@@ -26,7 +27,7 @@ def contrast_l1(student, teacher, negatives, chosen=None):
     for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
         rows = all_of(n, s) if chosen is None else chosen.to(s.device)
         apart = sum(checkpoint(distance, s, n, row, use_reentrant=False, preserve_rng_state=False) for row in rows)
-        total = total + weight * F.l1_loss(s, t) / (apart + EPSILON)
+        total = total + weight * mean(F.l1_loss(s, t)) / (mean(apart) + EPSILON)
     return total
 
 
@@ -38,12 +39,18 @@ def contrast_cos(student, teacher, negatives, chosen=None):
     """
     total = 0
     for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
-        near = F.cosine_similarity(t, s, dim=0).mean()
+        near = cosine_along_batch(t, s).mean()
         rows = all_of(n, s) if chosen is None else chosen.to(s.device)
         products = F.normalize(s.flatten(1)) @ F.normalize(n.flatten(1)).T
-        apart = products.gather(1, rows.T).sum() / s.numel()
+        apart = mean(products.gather(1, rows.T).sum() / s.numel())
         total = total + weight * (torch.log(apart.exp() + EPSILON) - near)
     return total
+
+
+def cosine_along_batch(first, second):
+    """N x C x H x W each -> C x H x W."""
+    products, *squares = (mean((x * y).sum(0)) for x, y in ((first, second), (first, first), (second, second)))
+    return products / (squares[0] * squares[1]).clamp_min(1e-16).sqrt()  # as F.cosine_similarity has it
 
 
 def all_of(negatives, anchors):
@@ -79,26 +86,26 @@ class Contrast(Term):
         super().__init__(setting)
         self.count = setting.args.neg_num
         self.contrast = {"L1": contrast_l1, "cos": contrast_cos}[setting.args.d_func]
-        self.require_batch(setting.args.batch_size)
+        self.require_batch(*images_together(setting.args))
         object.__setattr__(self, "vgg", shared_vgg(setting))
 
-    def require_batch(self, size):
+    def require_batch(self, size, said):
         if self.count > size - 1:
             remedy = f" or --neg_num {size - 1} at most" if size > 1 else ""
             raise UserError(f"CSD: --neg_num {self.count} negatives are other images of the batch, too many for "
-                            f"--batch_size {size}: give --batch_size {self.count + 1} or more{remedy}")
+                            f"{said}: give --batch_size {self.count + 1} or more{remedy}")
 
     def others(self, step):
-        """Maps of the teacher's output and of all upsampled LR images of the batch."""
-        size = step.student.sr.shape[-2:]
-        upsampled = F.interpolate(step.lr, size=size, mode="bicubic", antialias=True)
-        return without_graph(self.vgg, step.teacher.sr, upsampled)
+        """Maps of the teacher's output and of upsampled LR images of the batch, and which of these are whose negatives."""
+        self.require_batch(whole(len(step.lr)), f"a batch of {whole(len(step.lr))}")
+        chosen = mine(others_of_the_batch(whole(len(step.lr)), self.count).T).T
+        used, chosen = chosen.unique(return_inverse=True)
+        lr = gather(step.lr)[used.to(step.lr.device)]
+        upsampled = F.interpolate(lr, size=step.student.sr.shape[-2:], mode="bicubic", antialias=True)
+        return *without_graph(self.vgg, step.teacher.sr, upsampled), chosen
 
     def forward(self, step):
-        self.require_batch(len(step.lr))
-        teacher, negatives = self.others(step)
-        chosen = others_of_the_batch(len(step.lr), self.count)
-        return self.contrast(student_maps(self.vgg, step), teacher, negatives, chosen)
+        return self.contrast(student_maps(self.vgg, step), *self.others(step))
 
 
 class Perceptual(Term):

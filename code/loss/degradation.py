@@ -2,6 +2,8 @@
 import torch
 import torch.nn.functional as F
 
+from processes import mine, whole
+
 RADIUS = 5  # of the largest blur kernel, 11
 
 
@@ -12,25 +14,25 @@ def degrade(images, rgb_range, noise=1, blur=0, resize=0):
     the generator of the images' device, everything else from the CPU's.
     """
     for probability, operation in ((blur, random_blur), (resize, random_resize), (noise, random_noise)):
-        chosen = torch.rand(len(images)) < probability
+        chosen = torch.rand(whole(len(images))) < probability
         if chosen.any():
             changed = operation(images, rgb_range)
-            images = torch.where(chosen.to(images.device).view(-1, 1, 1, 1), changed, images).clamp(0, rgb_range)
+            images = torch.where(mine(chosen).to(images.device).view(-1, 1, 1, 1), changed, images).clamp(0, rgb_range)
     return images
 
 
 def random_noise(images, rgb_range):
     """Gaussian noise, sigma uniform in [1, 30] out of 255; with probability 0.5 gray, the same in all channels."""
     sigma = uniform(len(images), 1, 30).view(-1, 1, 1, 1) * (rgb_range / 255)
-    gray = (torch.rand(len(images)) < 0.5).view(-1, 1, 1, 1)
-    noise = torch.randn_like(images)
+    gray = mine(torch.rand(whole(len(images))) < 0.5).view(-1, 1, 1, 1)
+    noise = mine(torch.randn(whole(len(images)), *images.shape[1:], dtype=images.dtype, device=images.device))
     noise = torch.where(gray.to(images.device), noise[:, :1], noise)
     return images + noise * sigma.to(images)
 
 
 def random_blur(images, _):
     """Gaussian kernel of an odd size in 3..11, sigma in [0.1, 2] for each axis; edge pixels are repeated beyond the edge."""
-    radius = torch.randint(1, RADIUS + 1, (len(images), 1))
+    radius = mine(torch.randint(1, RADIUS + 1, (whole(len(images)), 1)))
     for axis in (2, 3):
         kernels = gaussian(uniform(len(images), 0.1, 2)[:, None], radius).to(images)
         images = blur_axis(images, kernels, axis)
@@ -56,7 +58,7 @@ def blur_axis(images, kernels, axis):
 def random_resize(images, _):
     """To a factor uniform in [0.5, 1.5] of its size and back, each way by area, bilinear or bicubic interpolation."""
     size = images.shape[2:]
-    factor = uniform(1, 0.5, 1.5).item()
+    factor = 0.5 + torch.rand(()).item()
     for target in ([max(1, round(side * factor)) for side in size], size):
         mode = ("area", "bilinear", "bicubic")[int(torch.randint(3, ()))]
         images = F.interpolate(images, size=tuple(target), mode=mode)
@@ -64,4 +66,5 @@ def random_resize(images, _):
 
 
 def uniform(count, low, high):
-    return low + (high - low) * torch.rand(count)
+    """A number for each of the images of this process's part."""
+    return low + (high - low) * mine(torch.rand(whole(count)))

@@ -7,7 +7,8 @@ from torch import nn
 
 from error import UserError
 from loss.affinity import pool
-from loss.step import Term, require_equal_widths
+from loss.step import Term, images_together, require_equal_widths
+from processes import gather
 
 
 def channel_affinity(x):
@@ -18,9 +19,12 @@ def channel_affinity(x):
 
 
 def instance_affinity(x):
-    """B x C x H x W -> B x B, inner products of whole maps, each row divided by its norm (Tung and Mori, ICCV 2019)."""
+    """B x C x H x W -> B x B, inner products of whole maps, each row divided by its norm (Tung and Mori, ICCV 2019).
+
+    Under several processes the rows of this one's images, the columns those of all.
+    """
     rows = x.flatten(1)
-    return F.normalize(rows @ rows.T, dim=1)
+    return F.normalize(rows @ gather(rows).T, dim=1)
 
 
 def attention(x):
@@ -73,8 +77,9 @@ class InstanceAffinity(FeatureTerm):
 
     def __init__(self, setting):
         super().__init__(setting)
-        if setting.args.batch_size < 2:
-            raise UserError("IA compares the images of a batch, --batch_size 1 has one: give 2 or more")
+        images, said = images_together(setting.args)
+        if images < 2:
+            raise UserError(f"IA compares the images of a batch, {said} has one: give 2 or more")
 
     def transform(self, x):
         return instance_affinity(x)

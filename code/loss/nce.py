@@ -17,25 +17,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from error import UserError
-from loss.step import Term
+from loss.step import Term, images_together
+from processes import gather, mine, rank, whole
 
 SHARES = {"hybrid": {"image": 0.3, "patch": 0.7}, "image": {"image": 1}, "patch": {"patch": 1}}
 WIDTHS = {"image": (3, 128), "patch": (3, 64, 128)}
 TEMPERATURE, LEAST_TEMPERATURE = 0.07, 0.01
 
 
-def info_nce(student, teacher, temperature, mining="hard", denominator="negatives"):
-    """L2-normalised embeddings N x D, row i of the one belongs to row i of the other -> scalar, the mean over the students.
+def info_nce(student, teacher, temperature, mining="hard", denominator="negatives", first=0):
+    """L2-normalised embeddings, M x D and N x D, row i of the one belongs to row first + i of the other -> scalar, the mean
+
+    over the students.
 
     `hard` keeps of the N - 1 negatives of each the half that is most similar, rounded up; `all` keeps all. The denominator
     is a sum over the negatives, as published, or, `standard`, over the positive as well.
     """
-    count = len(student)
+    count = len(teacher)
     if count < 2:
         raise ValueError("one embedding alone has no negatives")
     similarities = student @ teacher.T / temperature
-    positive = similarities.diagonal()
-    itself = torch.eye(count, dtype=torch.bool, device=student.device)
+    positive = similarities.diagonal(first)
+    itself = torch.arange(count, device=student.device) == first + torch.arange(len(student), device=student.device)[:, None]
     candidates = similarities.masked_fill(itself, -math.inf).topk(count // 2 if mining == "hard" else count - 1).values
     if denominator == "standard":
         candidates = torch.cat([positive[:, None], candidates], 1)
@@ -45,7 +48,8 @@ def info_nce(student, teacher, temperature, mining="hard", denominator="negative
 def draw_places(images, size, count):
     """Corners of `count` different patches in each image, from torch's generator -> their rows and columns, B x count."""
     rows, columns = (side - size + 1 for side in images.shape[2:])
-    places = torch.multinomial(torch.ones(len(images), rows * columns), min(count, rows * columns)).to(images.device)
+    places = torch.multinomial(torch.ones(whole(len(images)), rows * columns), min(count, rows * columns))
+    places = mine(places).to(images.device)
     return places // columns, places % columns
 
 
@@ -76,16 +80,17 @@ class NoiseContrast(Term):
         super().__init__(setting)
         args = self.args = setting.args
         self.shares = SHARES[args.nce_type]
-        if "image" in self.shares and args.batch_size < 2:
-            raise UserError(f"NCE: --nce_type {args.nce_type} takes its negatives from the batch, --batch_size "
-                            f"{args.batch_size} has none: 2 or more, or --nce_type patch")
+        images, said = images_together(args)
+        if "image" in self.shares and images < 2:
+            raise UserError(f"NCE: --nce_type {args.nce_type} takes its negatives from the batch, {said} has none: 2 or "
+                            "more, or --nce_type patch")
         if "patch" in self.shares:
-            self.require_patches(args)
+            self.require_patches(args, images)
         self.embeddings = nn.ModuleDict({kind: make_embedding(WIDTHS[kind]) for kind in self.shares})
         self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE)))
 
     @staticmethod
-    def require_patches(args):
+    def require_patches(args, images):
         """Raises UserError where --nce_patches different patches are not to be had."""
         if args.nce_patch_size > args.patch_size:
             raise UserError(f"NCE: patches of --nce_patch_size {args.nce_patch_size} are larger than the training crops, "
@@ -94,7 +99,7 @@ class NoiseContrast(Term):
         if args.nce_patches > places:
             raise UserError(f"NCE: --nce_patches {args.nce_patches} different patches, but --patch_size {args.patch_size} "
                             f"has {places} of --nce_patch_size {args.nce_patch_size}")
-        if args.batch_size * args.nce_patches < 2:
+        if images * args.nce_patches < 2:
             raise UserError("NCE: one patch of one image has no negatives: give --nce_patches or --batch_size 2 or more")
 
     def forward(self, step):
@@ -111,7 +116,8 @@ class NoiseContrast(Term):
 
     def contrast(self, embedding, student, teacher):
         student, teacher = F.normalize(embedding(torch.cat([student, teacher])), dim=1).chunk(2)
-        return info_nce(student, teacher, self.log_temperature.exp(), self.args.nce_mining, self.args.nce_denominator)
+        return info_nce(student, gather(teacher), self.log_temperature.exp(), self.args.nce_mining,
+                        self.args.nce_denominator, rank() * len(teacher))
 
     @torch.no_grad()
     def update(self, step):

@@ -1,6 +1,6 @@
 """What a term of the loss sees of one training step."""
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -16,6 +16,10 @@ class Output:
 
     def detach(self):
         return Output(self.sr.detach(), [x.detach() for x in self.features])
+
+    def copy(self):
+        """Tensors that autograd may keep, of ones made in inference mode."""
+        return Output(self.sr.clone(), [x.clone() for x in self.features])
 
     def split(self, counts):
         """Of a batch that was put together -> an Output for each of its parts, of so many images."""
@@ -46,6 +50,16 @@ class Step:
     average: nn.Module | None = None
     run: Callable | None = None
     kept: dict = field(default_factory=dict)
+
+
+def join(steps):
+    """The steps of the parts of one batch as one, of images alone: no maps, no graph."""
+    def cat(images):
+        return None if images[0] is None else torch.cat([x.detach() for x in images])
+
+    return replace(steps[0], **{name: cat([getattr(step, name) for step in steps]) for name in ("lr", "hr")},
+                   student=Output(cat([step.student.sr for step in steps])), kept={}, teacher_graph=None,
+                   teacher=steps[0].teacher and Output(cat([step.teacher.sr for step in steps])))
 
 
 @dataclass
@@ -80,6 +94,12 @@ class Term(nn.Module):
 
     def update(self, step):
         """Called once per iteration, after the student's update; step is the plain view that the loss was computed from."""
+
+
+def images_together(args):
+    """How many images of the batch a term sees at once, and which flags say so."""
+    parts = f" in --split_batch {args.split_batch} parts" if args.split_batch > 1 else ""
+    return args.batch_size // args.split_batch, f"--batch_size {args.batch_size}{parts}"
 
 
 def require_equal_widths(name, setting):

@@ -82,7 +82,7 @@ class CARN(Network):
         self.upsample = nn.ModuleDict({name: upsampler(s, n_feats, group) for name, s in tails.items()})
         self.exit = ImageConv(n_feats, 3)
 
-    def super_resolve(self, x):
+    def super_resolve(self, x, features):
         maps = cascade(self.entry(self.sub_mean(x)), (self.b1, self.b2, self.b3), (self.c1, self.c2, self.c3))
         upsample = self.upsample[f"up{self.scale}" if self.config["multi_scale"] else "up"]
         return self.add_mean(self.exit(upsample(maps[-1]))), maps

@@ -17,8 +17,11 @@ class Network(nn.Module):
     window = 1
     receptive_field = None
 
-    def super_resolve(self, x):
-        """x: N x 3 x H x W in [0, native_range] -> sr: N x 3 x sH x sW, and the four maps N x n_feats x H x W."""
+    def super_resolve(self, x, features):
+        """x: N x 3 x H x W in [0, native_range] -> sr: N x 3 x sH x sW, and the four maps N x n_feats x H x W.
+
+        Without features the maps are not looked at: those that the network itself needs no more may be missing.
+        """
         raise NotImplementedError
 
     def forward(self, lr, features=False):
@@ -29,7 +32,7 @@ class Network(nn.Module):
         """
         height, width = lr.shape[-2:]
         x = lr if self.rgb_range == self.native_range else lr * (self.native_range / self.rgb_range)
-        sr, maps = self.super_resolve(pad_to_window(x, self.window))
+        sr, maps = self.super_resolve(pad_to_window(x, self.window), features)
         sr = sr[..., :height * self.scale, :width * self.scale]
         if self.rgb_range != self.native_range:
             sr = sr * (self.rgb_range / self.native_range)

@@ -21,9 +21,9 @@ class EDSR(Network):
         self.tail = nn.Sequential(Upsampler(scale, n_feats), ImageConv(n_feats, 3))
         self.add_mean = MeanShift(1, trainable=False)
 
-    def super_resolve(self, x):
+    def super_resolve(self, x, features):
         head = self.head(self.sub_mean(x))
-        x, middle = through(self.body[:-1], head, self.taps)
+        x, middle = through(self.body[:-1], head, self.taps if features else ())
         x = self.body[-1](x) + head  # map 3 contains the long skip connection, as in FAKD's code
         return self.add_mean(self.tail(x)), [head, *middle, x]
 

@@ -63,7 +63,7 @@ class IMDN(Network):
         self.LR_conv = conv(n_feats, n_feats)
         self.upsampler = nn.Sequential(ImageConv(n_feats, 3 * scale * scale), nn.PixelShuffle(scale))
 
-    def super_resolve(self, x):
+    def super_resolve(self, x, features):
         head = self.fea_conv(x)
         blocks = [getattr(self, f"IMDB{number}") for number in self.numbers]
         _, outputs = through(blocks, head, range(len(blocks) + 1))

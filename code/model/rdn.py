@@ -57,7 +57,7 @@ class RDN(Network):
         # SFENet1, SFENet2 and GFF.1 reach half a kernel, each block's convolutions 1, the upsampling its own
         self.receptive_field = 3 * half + n_blocks * n_convs + reach
 
-    def super_resolve(self, x):
+    def super_resolve(self, x, features):
         head = self.SFENet1(x)
         outputs = [self.SFENet2(head)]
         for block in self.RDBs:

@@ -152,17 +152,17 @@ class SAN(Network):
         self.tail = nn.Sequential(Upsampler(scale, n_feats), ImageConv(n_feats, 3))
         self.add_mean = MeanShift(1, trainable=True)
 
-    def super_resolve(self, x):
+    def super_resolve(self, x, features):
         head = self.head(self.sub_mean(x))
         x = source = self.non_local(head)
-        kept = {}
+        middle = []
         for done, group in enumerate(self.RG, start=1):
             x = group(x) + self.gamma * source
-            if done in self.taps:
-                kept[done] = x
+            if features:
+                middle += [x] * self.taps.count(done)
         x = self.non_local(x)
         sr = self.add_mean(self.tail(x + head))
-        return sr, [head, *(kept[tap] for tap in self.taps), x]  # map 3 is without the long skip, as in FAKD's code
+        return sr, [head, *middle, x]  # map 3 is without the long skip, as in FAKD's code
 
 
 def recognise(state):

@@ -179,10 +179,11 @@ class SwinIR(Network):
         else:
             raise ValueError(f"there is no upsampler {upsampler or '(none)'} for scale {scale}")
 
-    def super_resolve(self, x):
+    def super_resolve(self, x, features):
         x = (x - self.mean) * self.img_range
         head = self.conv_first(x)
-        tokens, middle = through(self.layers, self.patch_embed["norm"](head.permute(0, 2, 3, 1)), self.taps)
+        tokens = self.patch_embed["norm"](head.permute(0, 2, 3, 1))
+        tokens, middle = through(self.layers, tokens, self.taps if features else ())
         body = self.conv_after_body(self.norm(tokens).permute(0, 3, 1, 2)) + head
         sr = self.tail(body) if self.upsampler else x + self.conv_last(body)
         return sr / self.img_range + self.mean, [head, *(tokens.permute(0, 3, 1, 2) for tokens in middle), body]
