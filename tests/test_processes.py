@@ -51,16 +51,16 @@ def float32_again():
     torch.set_default_dtype(torch.float32)
 
 
-def make_trainer(line):
+def make_trainer(line, device="cpu"):
     torch.manual_seed(0)
     args = option.parse([*STEP.split(), *line.split()])
     teacher = RCAN(2, **SMALL)
     student = SAN(2, n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4) if args.model == "SAN" else RCAN(2, **SMALL)
     if args.width_mult:
         student = slim(teacher, args.width_mult)
-    setting = loss.Setting(args, student, [teacher], "cpu", plan(args))
+    setting = loss.Setting(args, student, [teacher], device, plan(args))
     return Trainer(args, student, [teacher], loss.Loss(args.loss, setting), None, [], SimpleNamespace(state=None),
-                   torch.device("cpu"))
+                   torch.device(device))
 
 
 def gradients(case):
@@ -85,16 +85,20 @@ def work(rank, number, folder, port):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
+        make_exact(patch)
         processes.connect("cpu")
         torch.save({case: gradients(case) for case in CASES}, folder / f"{rank}.pt")
         processes.disconnect()
 
 
 def make_small(patch):
-    """Small networks, in float64: what is left of a difference is then none of rounding, but for the sums of a term."""
-    patch.setattr(torch.Tensor, "float", torch.Tensor.double)
     patch.setattr(vqgan, "F16_1024", dict(ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1, attention=(4,),
                                           z_channels=8, embed_dim=8, n_embed=16))
+
+
+def make_exact(patch):
+    """Everything in float64: what is left of a difference is not rounding."""
+    patch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,7 @@ def free_port():
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_have_the_gradients_of_one(of_two, monkeypatch, case):
     make_small(monkeypatch)
+    make_exact(monkeypatch)
     alone = gradients(case)
     for found in of_two:
         assert found[case].keys() == alone.keys()
@@ -135,7 +140,7 @@ def test_the_parts_of_the_processes_are_the_batches(parts):
 
 @pytest.mark.parametrize("line", ["--loss 0.5*DS+0.5*TS+10*SA --upcycle zoom_out", "--loss 1*AT+1*CA+1*fitnet+1*FSP+1*RBF"])
 def test_a_split_batch_has_the_gradients_of_the_whole(monkeypatch, line):
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    make_exact(monkeypatch)
     monkeypatch.setitem(CASES, "whole", line)
     monkeypatch.setitem(CASES, "split", line + " --split_batch 2")
     whole, split = gradients("whole"), gradients("split")

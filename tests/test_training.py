@@ -321,3 +321,29 @@ def test_a_student_may_start_from_a_checkpoint_of_another_scale(run_main, flags,
                      for path in (tmp_path / "x4.pt", tmp_path / "run" / "model" / "model_latest.pt"))
     assert status == 0 and "tail.0.2.weight" not in after
     assert all(torch.allclose(before[name], value) for name, value in after.items() if not name.startswith("tail."))
+
+
+# ---- --compile
+
+@pytest.mark.parametrize("works", [True, False])
+def test_compiled_networks_train_as_without_and_the_others_are_named(run_main, flags, teacher, tmp_path, monkeypatch,
+                                                                     works):
+    line = flags + f"--teacher {teacher} --loss 1*DS+1*TS+1*AT --epochs 1 --test_every 3 "
+    run_main("train", line)
+    real, asked = torch.compile, []
+
+    def compile(net):
+        asked.append(net)
+        # without a backend: as fast as it is compiled, and still traced and run by PyTorch's compiler
+        return real(net, backend="eager") if works else broken
+
+    def broken(*_, **__):
+        raise RuntimeError("no compiler\nto be found")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    status, out, _ = run_main("train", line + f"--compile --ckp_dir {tmp_path / 'compiled'}")
+    told = [text for text in out if text.startswith("--compile: ")]
+    assert status == 0 and len(asked) == 2
+    assert [text[:40] for text in told] == ([] if works else [f"--compile: {name} cannot be compiled here, "[:40]
+                                                              for name in ("RCAN", "EDSR")])
+    assert_same_weights(*(tmp_path / name / "model" / "model_latest.pt" for name in ("run", "compiled")), 1e-6)

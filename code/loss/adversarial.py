@@ -69,7 +69,7 @@ def generator_loss(kind, real, fake):
 
 def gradient_penalty(discriminator, real, fake):
     """(|grad D| - 1)^2 at a random point between each real image and its fake one, from torch's generator."""
-    part = mine(torch.rand(whole(len(real)), 1, 1, 1)).to(real)
+    part = mine(torch.rand(whole(len(real)), 1, 1, 1)).to(real, non_blocking=True)
     between = (part * real + (1 - part) * fake).requires_grad_()
     gradient, = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()

@@ -31,7 +31,7 @@ def draw(images, p):
 
 def perturb(images, chosen, rgb_range):
     """Applies the chosen operations to images in [0, rgb_range]."""
-    chosen = chosen.to(images.device)
+    chosen = chosen.to(images.device, non_blocking=True)
     for operation in range(4):
         images = _apply(operation, images, chosen[:, operation], rgb_range)
     return images
@@ -39,7 +39,7 @@ def perturb(images, chosen, rgb_range):
 
 def restore(images, chosen, rgb_range):
     """Undoes `perturb`: each operation is its own inverse."""
-    chosen = chosen.to(images.device)
+    chosen = chosen.to(images.device, non_blocking=True)
     for operation in reversed(range(4)):
         images = _apply(operation, images, chosen[:, operation], rgb_range)
     return images
@@ -47,7 +47,7 @@ def restore(images, chosen, rgb_range):
 
 def restore_map(x, chosen):
     """Undoes what moved the positions of a feature map, N x C x H x W; a map of an image of inverted colours stays one."""
-    chosen = chosen.to(x.device)
+    chosen = chosen.to(x.device, non_blocking=True)
     for operation in (TRANSPOSE, FLIP_VERTICAL, FLIP_HORIZONTAL):
         x = _apply(operation, x, chosen[:, operation], None)
     return x

@@ -25,7 +25,7 @@ def contrast_l1(student, teacher, negatives, chosen=None):
     """
     total = 0
     for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
-        rows = all_of(n, s) if chosen is None else chosen.to(s.device)
+        rows = all_of(n, s) if chosen is None else chosen.to(s.device, non_blocking=True)
         apart = sum(checkpoint(distance, s, n, row, use_reentrant=False, preserve_rng_state=False) for row in rows)
         total = total + weight * mean(F.l1_loss(s, t)) / (mean(apart) + EPSILON)
     return total
@@ -40,7 +40,7 @@ def contrast_cos(student, teacher, negatives, chosen=None):
     total = 0
     for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
         near = cosine_along_batch(t, s).mean()
-        rows = all_of(n, s) if chosen is None else chosen.to(s.device)
+        rows = all_of(n, s) if chosen is None else chosen.to(s.device, non_blocking=True)
         products = F.normalize(s.flatten(1)) @ F.normalize(n.flatten(1)).T
         apart = mean(products.gather(1, rows.T).sum() / s.numel())
         total = total + weight * (torch.log(apart.exp() + EPSILON) - near)
@@ -100,7 +100,7 @@ class Contrast(Term):
         self.require_batch(whole(len(step.lr)), f"a batch of {whole(len(step.lr))}")
         chosen = mine(others_of_the_batch(whole(len(step.lr)), self.count).T).T
         used, chosen = chosen.unique(return_inverse=True)
-        lr = gather(step.lr)[used.to(step.lr.device)]
+        lr = gather(step.lr)[used.to(step.lr.device, non_blocking=True)]
         upsampled = F.interpolate(lr, size=step.student.sr.shape[-2:], mode="bicubic", antialias=True)
         return *without_graph(self.vgg, step.teacher.sr, upsampled), chosen
 

@@ -17,7 +17,8 @@ def degrade(images, rgb_range, noise=1, blur=0, resize=0):
         chosen = torch.rand(whole(len(images))) < probability
         if chosen.any():
             changed = operation(images, rgb_range)
-            images = torch.where(mine(chosen).to(images.device).view(-1, 1, 1, 1), changed, images).clamp(0, rgb_range)
+            chosen = mine(chosen).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+            images = torch.where(chosen, changed, images).clamp(0, rgb_range)
     return images
 
 
@@ -26,15 +27,15 @@ def random_noise(images, rgb_range):
     sigma = uniform(len(images), 1, 30).view(-1, 1, 1, 1) * (rgb_range / 255)
     gray = mine(torch.rand(whole(len(images))) < 0.5).view(-1, 1, 1, 1)
     noise = mine(torch.randn(whole(len(images)), *images.shape[1:], dtype=images.dtype, device=images.device))
-    noise = torch.where(gray.to(images.device), noise[:, :1], noise)
-    return images + noise * sigma.to(images)
+    noise = torch.where(gray.to(images.device, non_blocking=True), noise[:, :1], noise)
+    return images + noise * sigma.to(images, non_blocking=True)
 
 
 def random_blur(images, _):
     """Gaussian kernel of an odd size in 3..11, sigma in [0.1, 2] for each axis; edge pixels are repeated beyond the edge."""
     radius = mine(torch.randint(1, RADIUS + 1, (whole(len(images)), 1)))
     for axis in (2, 3):
-        kernels = gaussian(uniform(len(images), 0.1, 2)[:, None], radius).to(images)
+        kernels = gaussian(uniform(len(images), 0.1, 2)[:, None], radius).to(images, non_blocking=True)
         images = blur_axis(images, kernels, axis)
     return images
 

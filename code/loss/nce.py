@@ -49,7 +49,7 @@ def draw_places(images, size, count):
     """Corners of `count` different patches in each image, from torch's generator -> their rows and columns, B x count."""
     rows, columns = (side - size + 1 for side in images.shape[2:])
     places = torch.multinomial(torch.ones(whole(len(images)), rows * columns), min(count, rows * columns))
-    places = mine(places).to(images.device)
+    places = mine(places).to(images.device, non_blocking=True)
     return places // columns, places % columns
 
 

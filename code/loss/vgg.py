@@ -28,10 +28,12 @@ class VGG19(nn.Module):
                 before = width
         self.features = nn.Sequential(*layers)
         self.rgb_range = 255
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images):
         x = images.float() / self.rgb_range
-        x = (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+        x = (x - self.mean) / self.std
         maps = []
         for index, layer in enumerate(self.features):
             x = layer(x)
