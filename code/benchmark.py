@@ -35,6 +35,7 @@ def main():
     args = parse()
     from checkpoint import start_logging, write_whole  # noqa: PLC0415 - after the flags: --help should not wait for torch
     from device import pick_device  # noqa: PLC0415
+    from flops import ceiling  # noqa: PLC0415
     from plain import COMPARISONS  # noqa: PLC0415
 
     start_logging()
@@ -57,6 +58,8 @@ def main():
     share = (time.process_time() - used) / (time.perf_counter() - start)
     if device.type == "cpu" and share < BUSY:
         notes.append(f"busy machine: this process had {share:.0%} of one core; short runs look better than they are")
+    kinds = ["float32", "bf16"] + ["TF32"] * (device.type == "cuda")
+    notes.append("ceilings, TFLOP/s: " + ", ".join(f"{ceiling(kind, device) / 1e12:.3g} in {kind}" for kind in kinds))
     log.info("\n".join(notes))
 
     folder = option.ROOT / "experiment" / "benchmark"
@@ -187,13 +190,13 @@ def picture(rows):
 def draw_growth(axes, lines):
     """Seconds above MB against N, side x side; hollow where the plain way was not run."""
     for axis, unit in zip(axes, ("s", "MB")):
-        for way in ("plain", "ours"):
+        for way, colour in (("plain", "C0"), ("ours", "C1")):
             known = [line for line in lines if line[f"{way}_{unit}"] != "-"]
-            (drawn,) = axis.plot([int(line["size"]) ** 2 for line in known],
-                                 [float(line[f"{way}_{unit}"]) for line in known], "o-", label=way)
-            shapes = [line for line in known if line[f"{way}_s"] == "-"]
-            axis.plot([int(line["size"]) ** 2 for line in shapes], [float(line[f"{way}_{unit}"]) for line in shapes], "o",
-                      color=drawn.get_color(), markerfacecolor="white")
+            not_run = [line for line in known if line[f"{way}_s"] == "-"]
+            for part, style in ((known, dict(label=way)), (not_run, dict(label="from shapes" if not_run else None,
+                                                                          linestyle="", markerfacecolor="white"))):
+                axis.plot([int(line["size"]) ** 2 for line in part], [float(line[f"{way}_{unit}"]) for line in part],
+                          color=colour, marker="o", **style)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_ylabel({"s": "seconds", "MB": "MB at once"}[unit])
@@ -201,16 +204,17 @@ def draw_growth(axes, lines):
         axis.set_xticks([size**2 for size in sizes], [f"{size}²" for size in sizes])
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
+        axis.legend()
     axes[0].set_title(f"{lines[0]['comparison']}\n{lines[0]['of']}", fontsize="medium")
     axes[1].set_xlabel("N, positions of a map")
-    axes[0].legend()
 
 
 def draw_ratios(axes, lines):
     """plain / ours of comparisons at one size, time above memory, as bars with their numbers."""
     for axis, ratio, title in zip(axes, ("faster", "leaner"), ("seconds, plain / ours", "MB at once, plain / ours")):
         known = [line for line in reversed(lines) if line[ratio] != "-"]
-        bars = axis.barh([f"{line['comparison']} {line['size']}" for line in known], [float(line[ratio]) for line in known])
+        names = [f"{line['comparison']} {line['size']}" for line in known]
+        bars = axis.barh(names, [float(line[ratio]) - 1 for line in known], left=1)
         axis.bar_label(bars, [line[ratio] for line in known], padding=2)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")

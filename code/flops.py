@@ -36,12 +36,12 @@ def seconds(function, device):
 
 @cache
 def ceiling(arithmetic, device):
-    """FLOP/s of the fastest of several products of large matrices, in "float32", "TF32" or "bf16"."""
+    """FLOP/s of the fastest of ten products of large matrices, in "float32", "TF32" or "bf16"."""
     side, dtype = SIDES[device.type], torch.bfloat16 if arithmetic == "bf16" else torch.float32
     a, b = (torch.rand(side, side, device=device, dtype=dtype) for _ in range(2))
     torch.backends.cuda.matmul.allow_tf32 = arithmetic == "TF32"
     try:
-        fastest = min(seconds(lambda: a @ b, device) for _ in range(5))
+        fastest = min(seconds(lambda: a @ b, device) for _ in range(10))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False  # as it is in PyTorch
     return 2 * side**3 / fastest

@@ -13,7 +13,7 @@ COMPARISONS = {  # name: (comparison, sizes)
     "san_pooling": (formula.san_pooling, (48, 128, 256)),
     "san_forward": (formula.san_forward, (48, 128, 256)),
     "chop": (formula.chop_edsr, (128, 256, 512, 1024)),
-    "dukd_step": (training.dukd_step, (96,)),
+    "dukd_step": (training.dukd_step, (192,)),
     "teacher_cache": (training.teacher_cache, (192,)),
     "data": (training.data, (192,)),
     "precision": (training.precision, (48,)),

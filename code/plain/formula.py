@@ -22,7 +22,7 @@ AT_ONCE = 160000
 def san_pooling(side, device):
     """SAN's covariance of the channels of one map, forward."""
     x = torch.rand(1, CHANNELS, side, side, device=device)
-    return Pair(f"1 x {CHANNELS} x {side} x {side}", lambda: (san.covariance(x),), lambda: (plain_covariance(x),), 1e-5)
+    return Pair(f"{CHANNELS} channels", lambda: (san.covariance(x),), lambda: (plain_covariance(x),), 1e-5)
 
 
 def plain_covariance(x):
@@ -50,7 +50,7 @@ def san_forward(side, device):
         with mock.patch.multiple(san, covariance=plain_covariance, gather=plain_gather):
             return ours()
 
-    return Pair("{n_resgroups} x {n_resblocks} x {n_feats}, ".format(**net.config) + f"{side} x {side}", ours, plain, 1e-5,
+    return Pair("{n_resgroups} x {n_resblocks} x {n_feats}".format(**net.config), ours, plain, 1e-5,
                 arithmetic=of_convolutions(device))
 
 
@@ -75,7 +75,7 @@ def affinity(side, device, batch=1):
         value = loss(student, teacher)
         return value.detach(), *torch.autograd.grad(value, student)
 
-    return Pair(f"{batch} x {CHANNELS} x {side} x {side}", lambda: with_gradient(affinity_l1),
+    return Pair(f"{batch} x {CHANNELS} channels", lambda: with_gradient(affinity_l1),
                 lambda: with_gradient(plain_affinity), 1e-5)
 
 
