@@ -2,6 +2,7 @@
 import csv
 import subprocess
 import tempfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ import memory
 import option
 import plain
 from model.edsr import EDSR
-from model.rcan import RCAN
 from plain import formula, training
 from summary import count
 
@@ -32,14 +32,14 @@ NETWORKS = training.STUDENT, training.TEACHER
 def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(option, "ROOT", tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(inference, "WINDOW", 24)  # chop's tiles of 12 with halos of 6: nine of them
+    monkeypatch.setattr(formula, "chop", partial(inference.chop, tile=12))  # nine of them, with halos of 6
     monkeypatch.setattr(flops, "SIDES", dict(cpu=32))
     flops.ceiling.cache_clear()
-    rcan = dict(n_resgroups=1, n_resblocks=1, reduction=2)
     edsr = dict(n_resblocks=1, n_feats=4)
     for module, constants in (
-            (formula, dict(CHANNELS=16, BATCH=2, SAN_SIZES=rcan, EDSR_SIZES=edsr, SHAVE=2, AT_ONCE=200)),
-            (training, dict(BATCH=dict(cpu=2), CROPS=5, STUDENT=dict(**rcan, n_feats=4), TEACHER=dict(**rcan, n_feats=8),
+            (formula, dict(CHANNELS=16, SAN_SIZES=dict(n_resgroups=1, n_resblocks=1, reduction=2), EDSR_SIZES=edsr, SHAVE=2,
+                           AT_ONCE=200)),
+            (training, dict(BATCH=dict(cpu=2), CROPS=5, STUDENT=edsr, TEACHER=dict(edsr, n_feats=8),
                             PHOTO=(50, 70), EDSR_SIZES=dict(n_resblocks=1, n_feats=16)))):
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
@@ -180,13 +180,13 @@ def test_the_four_way_split_computes_quarters_of_a_size_and_is_right_where_they_
 
 def test_the_teacher_that_was_asked_once_is_not_run():
     pair, seen = training.teacher_cache(32, CPU), []
-    forward = RCAN.forward
+    forward = EDSR.forward
 
     def counted(self, lr, features=False):
         seen.append((self.n_feats, tuple(lr.shape)))
         return forward(self, lr, features)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RCAN, "forward", counted)
+        patch.setattr(EDSR, "forward", counted)
         pair.ours()
         assert seen == [(4, (2, 3, 8, 8))]
         pair.plain()
@@ -205,7 +205,7 @@ def test_files_are_decoded_by_the_plain_way_only(monkeypatch):
 
 
 def test_the_teacher_costs_ten_times_the_student():
-    student, teacher = (count(RCAN(training.SCALE, **sizes))[0] for sizes in NETWORKS)
+    student, teacher = (count(EDSR(training.SCALE, **sizes))[0] for sizes in NETWORKS)
     assert 9.5 < teacher / student < 11
 
 
