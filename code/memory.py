@@ -1,4 +1,6 @@
-"""How many bytes of tensors a computation holds at once."""
+"""How many bytes of tensors, or of arrays, a computation holds at once."""
+import tracemalloc
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -40,6 +42,15 @@ def peak_memory(function, device):
     result = function()
     torch.cuda.synchronize(device)
     return result, torch.cuda.max_memory_allocated(device) - before
+
+
+def array_memory(function, device):
+    """(function(), most bytes of numpy arrays at once): what Python and numpy ask for, without memory-mapped files."""
+    tracemalloc.start()
+    try:
+        return function(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def memory_from_shapes(function):

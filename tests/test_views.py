@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from plain_dukd import make_trainer, plain_loss, plain_views, two_ways
+from plain.dukd import make_trainer, plain_loss, plain_views, two_ways
 from test_training import assert_same_weights, flags, teacher  # noqa: F401 - fixtures
 
 import loss

@@ -1,9 +1,5 @@
-"""What benchmark.py compares: formulas as papers and released code write them, beside what this project computes instead.
-
-A comparison is a function of a size and a device that returns a `Pair`, and its line in COMPARISONS.
-"""
-from collections.abc import Callable
-from typing import NamedTuple
+"""Formulas and networks, one call of each: affinity, SAN's pooling and attention, a large image in parts."""
+from functools import partial
 from unittest import mock
 
 import torch
@@ -13,25 +9,20 @@ from inference import chop
 from loss.affinity import affinity_l1
 from model import san
 from model.edsr import EDSR
+from plain.pair import Pair, of_convolutions
 
 CHANNELS = 64
-POSITIONS = 16 * 48 * 48  # of the maps in a batch for the affinity: 16 images of 48 x 48, 4 of 96 x 96
+BATCH = 16
 SAN_SIZES = dict(n_resgroups=2, n_resblocks=2)  # of 20 and 10: the rest repeats them
-EDSR_SIZES = dict(n_resblocks=16, n_feats=64)  # of the template EDSR_baseline
-
-
-class Pair(NamedTuple):
-    """`ours()` and `plain()` -> a tuple of tensors, the same up to `tolerance` x the largest value of each."""
-    what: str
-    ours: Callable
-    plain: Callable
-    tolerance: float
+EDSR_SIZES = dict(n_resblocks=16, n_feats=32)  # of the template EDSR_baseline, but for half of its channels
+SHAVE = 10  # LR pixels by which EDSR-PyTorch extends the quarters of an image, and LR pixels that it computes at once
+AT_ONCE = 160000
 
 
 def san_pooling(side, device):
     """SAN's covariance of the channels of one map, forward."""
     x = torch.rand(1, CHANNELS, side, side, device=device)
-    return Pair(f"1 x {CHANNELS} x {side} x {side}", lambda: (san.covariance(x),), lambda: (plain_covariance(x),), 1e-5)
+    return Pair(f"{CHANNELS} channels", lambda: (san.covariance(x),), lambda: (plain_covariance(x),), 1e-5)
 
 
 def plain_covariance(x):
@@ -59,7 +50,8 @@ def san_forward(side, device):
         with mock.patch.multiple(san, covariance=plain_covariance, gather=plain_gather):
             return ours()
 
-    return Pair("{n_resgroups} x {n_resblocks} x {n_feats}, ".format(**net.config) + f"{side} x {side}", ours, plain, 1e-5)
+    return Pair("{n_resgroups} x {n_resblocks} x {n_feats}".format(**net.config), ours, plain, 1e-5,
+                arithmetic=of_convolutions(device))
 
 
 def plain_gather(inner):
@@ -71,9 +63,8 @@ def plain_gather(inner):
     return (pairs @ value.mT).mT.reshape(n, channels // 3, height, width)
 
 
-def affinity(side, device):
+def affinity(side, device, batch=1):
     """Spatial affinity of a student's and a teacher's maps: the loss and its gradient."""
-    batch = max(1, POSITIONS // side**2)
     student, teacher = (torch.randn(batch, CHANNELS, side, side, device=device) for _ in range(2))
     student.requires_grad_()
     # two kinds of positions, with cosines near 0.9 and -0.9 where the student's are near 0: the gradient is made of signs of
@@ -84,7 +75,7 @@ def affinity(side, device):
         value = loss(student, teacher)
         return value.detach(), *torch.autograd.grad(value, student)
 
-    return Pair(f"{batch} x {CHANNELS} x {side} x {side}", lambda: with_gradient(affinity_l1),
+    return Pair(f"{batch} x {CHANNELS} channels", lambda: with_gradient(affinity_l1),
                 lambda: with_gradient(plain_affinity), 1e-5)
 
 
@@ -94,21 +85,34 @@ def plain_affinity(student, teacher):
     return (rows[0].mT @ rows[0] - rows[1].mT @ rows[1]).abs().mean()
 
 
+affinity_batch = partial(affinity, batch=BATCH)  # a training step's; one map alone shows how cost grows
+
+
 def chop_edsr(side, device):
-    """EDSR_baseline x2 in tiles, against the whole image at once."""
+    """EDSR x2 on a large image: tiles with halos, against the four-way split of EDSR-PyTorch, whose parts show seams."""
     net = EDSR(2, **EDSR_SIZES).eval().to(device)
     lr = 255 * torch.rand(1, 3, side, side, device=device)
+    chop(net, lr[..., :8, :8])  # what it finds out once per network is not the first image's
 
-    @torch.no_grad()
-    def whole():
-        return net(lr),
+    def seams(split, at_once):
+        (split, _), (sr, memory) = split, at_once
+        return (f"the four-way split is off by up to {(split[0] - sr[0]).abs().max():.2g} grey levels at its seams (weights "
+                f"untrained); the whole image at once takes {memory / 1e6:,.0f} MB")
 
-    return Pair(f"1 x 3 x {side} x {side}", lambda: (chop(net, lr),), whole, 1e-5)
+    ours, plain, whole = (torch.no_grad()(lambda forward=forward: (forward(lr),))
+                          for forward in (partial(chop, net), partial(plain_chop, net), net))
+    return Pair("EDSR {n_resblocks} x {n_feats}".format(**net.config), ours, plain, 1e-5, right=whole, remark=seams,
+                arithmetic=of_convolutions(device))
 
 
-COMPARISONS = {  # name: (comparison, sizes)
-    "san_pooling": (san_pooling, (48, 128, 256)),
-    "san_forward": (san_forward, (48, 128, 256)),
-    "affinity": (affinity, (48, 96, 256)),
-    "chop": (chop_edsr, (512,)),
-}
+def plain_chop(net, lr):
+    """Quarters with SHAVE pixels beyond the middle, one after the other, each split again where it is large."""
+    height, width = lr.shape[2:]
+    top, left = height // 2, width // 2
+    tall, wide = top + SHAVE, left + SHAVE
+    forward = net if tall * wide < AT_ONCE else partial(plain_chop, net)
+    quarters = [[forward(lr[..., rows, columns]) for columns in (slice(wide), slice(-wide, None))]
+                for rows in (slice(tall), slice(-tall, None))]
+    rows = slice(net.scale * top), slice(-net.scale * (height - top), None)
+    columns = slice(net.scale * left), slice(-net.scale * (width - left), None)
+    return torch.cat([torch.cat([sr[..., y, x] for sr, x in zip(half, columns)], 3) for half, y in zip(quarters, rows)], 2)
