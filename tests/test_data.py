@@ -435,6 +435,23 @@ def test_the_smallest_crop_can_be_turned():
         (3, 1, 1), (3, 1, 2)]
 
 
+@pytest.mark.parametrize("ext, opened", [("sep", 3), ("img", 0)])
+def test_files_of_the_cache_stay_open_and_decoded_images_do_not_stay(tmp_path, args, monkeypatch, ext, opened):
+    make_dataset(tmp_path / "A", number=3)
+    crops = dataset.Crops(args("--data_train", "A", "--ext", ext))
+    first = [crops[number] for number in range(9)]
+    assert len(crops.opened) == opened
+    if opened:
+        monkeypatch.setattr(np, "load", None)
+    again = [crops[number] for number in range(9)]
+    assert all(torch.equal(a, b) for pair in zip(first, again) for a, b in zip(*pair))
+    monkeypatch.undo()
+    monkeypatch.setattr(dataset, "OPEN", 2)
+    crops.opened.clear()
+    assert all(torch.equal(a, b) for number, pair in enumerate(first) for a, b in zip(pair, crops[number]))
+    assert len(crops.opened) <= 2
+
+
 def test_an_error_in_a_worker_is_one_line(tmp_path, args):
     make_dataset(tmp_path / "A", number=1)
     flags = args("--data_train", "A", "--ext", "img", "--n_threads", "1")

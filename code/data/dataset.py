@@ -10,6 +10,7 @@ from data.image import read_image, read_photo
 from data.source import default_cache, find
 from error import UserError
 
+OPEN = 10_000  # images whose files are kept open in memory: Linux maps 65,530 files in a process
 SMALLEST = 11  # pixels a side that SSIM needs of an image, when `scale` are shaved off each border
 
 
@@ -88,6 +89,7 @@ class Crops(Dataset):
         self.seed, self.scale, self.augment = args.seed, args.scale, not args.no_augment
         self.patch = args.patch_size // args.scale  # LR pixels
         self.order = None, None
+        self.opened = {}
         self.answers = []  # of each teacher that was asked once: as what the cache keeps its answers (data/teacher_cache.py)
         for images in self.sets:
             for size, pair in zip(images.prepare(), images.pairs):
@@ -98,8 +100,7 @@ class Crops(Dataset):
 
     def __getitem__(self, number):
         """-> LR 3 x p x p and HR 3 x sp x sp, uint8 tensors, and where k teachers were asked once 3k x sp x sp of int16."""
-        images, index = self.where[self._image(number)]
-        lr, hr = images.lr(index), images.hr(index)
+        lr, hr, *answers = self._arrays(self._image(number))
         rng = np.random.default_rng([self.seed, 1, number])
         top, left = (int(rng.integers(size - self.patch + 1)) for size in lr.shape[:2])
         orientation = rng.integers(2, size=3) if self.augment else (0, 0, 0)
@@ -108,10 +109,22 @@ class Crops(Dataset):
             return orient(image[top * k:(top + self.patch) * k, left * k:(left + self.patch) * k], *orientation)
 
         parts = [crop(lr, 1), crop(hr, self.scale)]
-        if self.answers:
-            answers = [images.answer(index, kind, _removed) for kind in self.answers]
+        if answers:
             parts.append(np.concatenate([crop(answer, self.scale) for answer in answers], 2))
         return tuple(to_tensor(part) for part in parts)
+
+    def _arrays(self, place):
+        """LR, HR and the teachers' answers of an image; to open the cache's files would take longer than to read a crop."""
+        arrays = self.opened.get(place)
+        if arrays is None:
+            images, index = self.where[place]
+            arrays = [images.lr(index), images.hr(index), *(images.answer(index, kind, _removed) for kind in self.answers)]
+            if images.cache.folder is None:
+                return arrays  # decoded images would fill the memory
+            if len(self.opened) >= OPEN:
+                self.opened.clear()
+            arrays = self.opened[place] = [np.asarray(array) for array in arrays]  # np.memmap's slices are slow
+        return arrays
 
     def _image(self, number):
         turn, place = divmod(number, len(self.where))
