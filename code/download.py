@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import error
 from error import UserError
-from option import ROOT, Parser
+from option import ROOT, Parser, home_path
 
 try:
     from tqdm import tqdm
@@ -425,7 +425,7 @@ def make_parser():
                            "it makes:\n  DATA_ROOT/DIV2K/DIV2K_train_HR/*.png, DATA_ROOT/DIV2K/DIV2K_train_LR_bicubic/X2/..."
                            "\n  DATA_ROOT/benchmark/Set5/HR/*.png, DATA_ROOT/benchmark/Set5/LR_bicubic/X2/...")
     parser.add_argument("names", nargs="*", metavar="DATASET", help="DIV2K, benchmark (default: both)")
-    parser.add_argument("--dir_data", metavar="DATA_ROOT", default=str(ROOT / "dataset"),
+    parser.add_argument("--dir_data", metavar="DATA_ROOT", default=ROOT / "dataset", type=home_path,
                         help="folder that holds the datasets (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the archives after unpacking")
     return parser
@@ -439,7 +439,7 @@ def main(argv=None):
             parser.error(f"there is no dataset {name}: there are {', '.join(URLS)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for name in dict.fromkeys(args.names or URLS):
-        for line in provide(name, Path(args.dir_data).expanduser(), args.keep):
+        for line in provide(name, args.dir_data, args.keep):
             log.info("%s", line)
 
 

@@ -4,12 +4,11 @@ import logging
 import os
 import re
 import sys
-from pathlib import Path
 
 import error
 from download import fetch, writing
 from error import UserError
-from option import ROOT, Parser
+from option import ROOT, Parser, home_path
 from released import JUDGES, RELEASED
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ def make_parser():
                     epilog=f"environment variable {VARIABLE}: address of a folder to fetch all files from instead\n\n"
                            f"names, files, and where they are published (https://: fetched from there):\n{listing()}")
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to fetch; without any, the names are listed")
-    parser.add_argument("--dir", metavar="FOLDER", default=str(ROOT / "teacher_checkpoint"),
+    parser.add_argument("--dir", metavar="FOLDER", default=ROOT / "teacher_checkpoint", type=home_path,
                         help="where to put it (default: %(default)s)")
     return parser
 
@@ -89,7 +88,7 @@ def main(argv=None):
     status = 0
     for name in dict.fromkeys(args.names):
         try:
-            log.info("%s", provide(RELEASED[name], Path(args.dir).expanduser()))
+            log.info("%s", provide(RELEASED[name], args.dir))
         except UserError as problem:
             status = error.fail(problem)
     return status

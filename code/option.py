@@ -265,6 +265,14 @@ def joined(names):
     return preset
 
 
+def home_path(string):
+    """A path with ~ as the home folder, as a type of an argparse flag."""
+    try:
+        return Path(expanded("", string))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+
+
 def expanded(name, value):
     """The path, or the paths, with ~ as the home folder; raises ValueError for that of a user who is not there."""
     if isinstance(value, list):

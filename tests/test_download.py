@@ -447,3 +447,7 @@ def test_script_one_line_for_mistakes(server, tmp_path):
     typo = script("Set5", "--dir_data", tmp_path)
     assert typo.returncode == 2
     assert typo.stderr == "error: there is no dataset Set5: there are DIV2K, benchmark\n"
+
+    nobody = script("DIV2K", "--dir_data", "~nobody_here/data")
+    assert nobody.returncode == 2
+    assert nobody.stderr == "error: argument --dir_data: there is no home folder ~nobody_here\n"
