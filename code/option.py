@@ -194,6 +194,9 @@ def make_parser():
                        help="what to score: S the student in --ckp_path; T the teacher there, or else the one found for "
                             "--teacher, --scale")
     group.add_argument("--chop", action="store_true", help="upscale large images in tiles, in bounded memory")
+    group.add_argument("--chop_mem", type=positive_number,
+                       help="GB (10^9 bytes) that tiles of --chop may take while they are computed (default: half of what "
+                            "is free; 1 for networks that look at the whole image, whose results depend on it)")
     group.add_argument("--self_ensemble", action="store_true", help="average over the 8 flips and transposes")
     return parser
 
@@ -283,6 +286,8 @@ def check_together(parser, args):
         parser.error("--resume 1 continues a run and --reset replaces it: give one of them")
     if args.save_gt and not args.save_results:
         parser.error("--save_gt adds to --save_results: give both")
+    if args.chop_mem and not args.chop:
+        parser.error("--chop_mem bounds the memory of --chop: give both")
     experiments = str(ROOT / "experiment")
     folder, cache = os.path.normpath(os.path.join(experiments, args.ckp_dir)), os.path.join(experiments, "cache")
     if folder == experiments or f"{folder}/".startswith(f"{cache}/"):
