@@ -27,7 +27,7 @@ def ensemble(forward, lr):
         for flips in ((), (2,), (3,), (2, 3)):
             x = lr.flip(flips)
             x = x.transpose(2, 3) if transpose else x
-            sr = forward(x.contiguous())
+            sr = forward(x.contiguous(memory_format=torch.channels_last))
             sr = sr.transpose(2, 3) if transpose else sr
             sr = sr.flip(flips)
             total = sr if total is None else total.add_(sr)
@@ -60,7 +60,8 @@ def chop(net, lr, tile=None, halo=None, memory=None):
                         f"{budget.memory_of(net, device, area) / 1e9:.2g} GB; give more")
     while True:
         try:
-            return _fill(sr, net, lr, rows, columns, max(1, limit // area))
+            with budget.memory_kept(device):
+                return _fill(sr, net, lr, rows, columns, max(1, limit // area))
         except torch.OutOfMemoryError:
             limit, before = area // 2, area
             area, rows, columns = _cheapest(*lr.shape[2:], halo, align, limit)

@@ -7,7 +7,7 @@ import torch
 from test_scripts import checkout  # noqa: F401 - a fixture
 
 import benchmark
-import inference
+import budget
 import memory
 import option
 import plain
@@ -23,7 +23,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(plain, "POSITIONS", 2 * 8 * 8)
     monkeypatch.setattr(plain, "SAN_SIZES", dict(n_resgroups=1, n_resblocks=1, reduction=2))
     monkeypatch.setattr(plain, "EDSR_SIZES", dict(n_resblocks=1, n_feats=4))
-    monkeypatch.setattr(inference, "WINDOW", 24)  # chop's tiles of 12 with halos of 6: nine of them
+    monkeypatch.setattr(budget, "free_memory", lambda device: 2e6)  # chop in nine tiles
     sizes = {name: (compare, (SIZES[name],)) for name, (compare, _) in plain.COMPARISONS.items()}
     monkeypatch.setattr(plain, "COMPARISONS", sizes)
 

@@ -215,6 +215,28 @@ def test_free_memory_is_half_of_the_machine_where_no_file_says(monkeypatch, tmp_
     assert budget.free_memory(torch.device("cpu")) == 2048000
 
 
+def test_the_c_library_keeps_memory_only_while_tiles_are_computed(monkeypatch):
+    calls = []
+
+    class Library:
+        def mallopt(self, option, value):
+            calls.append((option, value))
+
+        def malloc_trim(self, pad):
+            calls.append("trim")
+
+    class Watching(Nearest):
+        def forward(self, x):
+            calls.append("forward")
+            return super().forward(x)
+
+    monkeypatch.setattr(budget.ctypes, "CDLL", lambda name: Library())
+    inference.chop(Watching(), torch.rand(1, 3, 9, 9))
+    assert calls[2:] == [*budget.KEEP.items(), "forward", *budget.GIVE_BACK.items(), "trim"]
+    monkeypatch.setattr(budget.ctypes, "CDLL", lambda name: object())  # another C library
+    assert inference.chop(Nearest(), torch.rand(1, 3, 9, 9)).shape == (1, 3, 18, 18)
+
+
 def test_out_of_memory_makes_tiles_smaller(caplog):
     class Tight(Nearest):
         def forward(self, x):
