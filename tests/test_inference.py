@@ -1,4 +1,5 @@
 """Upscaling in tiles and over orientations, and the way back to an image."""
+from argparse import Namespace
 from itertools import pairwise
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import budget
+import evaluation
 import inference
 from error import UserError
 from memory import peak_memory
@@ -22,7 +24,7 @@ def seed():
 
 class Nearest(nn.Module):
     """Repeats each pixel, whatever the tiles and orientations; keeps its inputs."""
-    scale = 2
+    scale, rgb_range = 2, 255
 
     def __init__(self, window=1, receptive_field=3):
         super().__init__()
@@ -307,6 +309,18 @@ def test_upscale_does_what_the_flags_say(chop_tiles, self_ensemble):
     assert (max(x.shape[2] * x.shape[3] for x in inputs) <= 150) == chop_tiles
     assert len(inputs) == 8**self_ensemble or chop_tiles
     assert any(x[0, 0, 0, 0] > x[0, 0, -1, 0] for x in inputs) == self_ensemble
+
+
+@pytest.mark.parametrize("chop_mem", [None, 2e-4])
+def test_an_image_is_held_once_as_numbers_beside_the_tiles(chop_mem):
+    net, image = Nearest(), (np.arange(400 * 300 * 3) % 251).astype(np.uint8).reshape(400, 300, 3)
+    args = Namespace(chop=True, chop_mem=chop_mem, self_ensemble=False, precision="single")
+    upscale = evaluation.by_network(net, torch.device("cpu"), args)
+    sr, peak = peak_memory(lambda: upscale(image), torch.device("cpu"))
+    assert np.array_equal(sr, image.repeat(2, 0).repeat(2, 1)) and sr.flags.c_contiguous
+    areas = [x.shape[2] * x.shape[3] for x in tiles_of(net)]
+    assert (max(areas) <= chop_mem * 1e9 / budget.memory_of(net, torch.device("cpu"), 1)) if chop_mem else len(areas) == 1
+    assert not chop_mem or peak < 9 * sr.nbytes  # 4 of them are its floats, 2 its input and what Nearest keeps
 
 
 # ---- images
