@@ -53,7 +53,9 @@ def chop(net, lr, tile=None, halo=None, memory=None):
     sr = lr.new_empty(lr.shape[0], 3, lr.shape[2] * net.scale, lr.shape[3] * net.scale)
     if tile:
         return _fill(sr, net, lr, *(_spans(size, _up(tile, align), halo, align) for size in lr.shape[2:]))
-    limit = budget.pixels_at_once(net, device, memory or budget.default_memory(net, device))
+    limit = budget.PROBE**2  # of images no larger, finding out would cost as much as the result
+    if memory or _up(lr.shape[2], align) * _up(lr.shape[3], align) > limit:
+        limit = budget.pixels_at_once(net, device, memory or budget.default_memory(net, device))
     area, rows, columns = _cheapest(*lr.shape[2:], halo, align, limit)
     if memory and area > limit:
         raise UserError(f"--chop_mem {memory / 1e9:g}: the smallest tile of this network takes about "

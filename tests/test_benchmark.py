@@ -13,7 +13,7 @@ import option
 import plain
 
 CPU = torch.device("cpu")
-SIZES = {"san_pooling": 12, "san_forward": 13, "affinity": 8, "chop": 32}
+SIZES = {"san_pooling": 12, "san_forward": 13, "affinity": 8, "chop": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(plain, "POSITIONS", 2 * 8 * 8)
     monkeypatch.setattr(plain, "SAN_SIZES", dict(n_resgroups=1, n_resblocks=1, reduction=2))
     monkeypatch.setattr(plain, "EDSR_SIZES", dict(n_resblocks=1, n_feats=4))
-    monkeypatch.setattr(budget, "free_memory", lambda device: 2e6)  # chop in nine tiles
+    monkeypatch.setattr(budget, "free_memory", lambda device: 1e6)  # chop in tiles
     sizes = {name: (compare, (SIZES[name],)) for name, (compare, _) in plain.COMPARISONS.items()}
     monkeypatch.setattr(plain, "COMPARISONS", sizes)
 

@@ -164,10 +164,13 @@ def test_tiles_take_no_more_than_the_memory(make, pixels):
 
 
 def test_a_network_is_measured_once_for_each_precision(edsr):
-    net, lr = Nearest(), torch.rand(1, 3, 9, 9)
+    net, lr = Nearest(), torch.rand(1, 3, 50, 50)
     for _ in range(2):
         inference.chop(net, lr)
     assert len(tiles_of(net)) == 2
+    small = Nearest()
+    inference.chop(small, lr[..., :9, :9])
+    assert len(small.inputs) == 1
     single = budget.bytes_per_pixel(edsr, torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16):
         assert budget.bytes_per_pixel(edsr, torch.device("cpu")) < single  # the maps, not the image
@@ -193,7 +196,7 @@ def test_the_default_is_half_of_what_is_free_but_for_networks_that_look_at_the_w
     assert budget.default_memory(Nearest(), cpu) == 3e9
     assert budget.default_memory(Nearest(receptive_field=None), cpu) == 1e9
     monkeypatch.setattr(budget, "free_memory", lambda device: 0)
-    assert inference.chop(Nearest(), torch.rand(1, 3, 9, 9)).shape == (1, 3, 18, 18)
+    assert inference.chop(Nearest(), torch.rand(1, 3, 50, 50)).shape == (1, 3, 100, 100)
 
 
 MEMINFO = "MemTotal: 8000 kB\nMemFree: 1000 kB\nMemAvailable:    4000 kB\n"
@@ -209,6 +212,12 @@ def test_free_memory_is_what_the_system_and_the_container_leave(monkeypatch, tmp
     monkeypatch.setattr(budget, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(budget, "CGROUP", tmp_path)
     assert budget.free_memory(torch.device("cpu")) == free
+
+
+def test_free_memory_of_a_gpu_is_the_systems_and_what_the_allocator_holds_back(monkeypatch):
+    for name, value in (("mem_get_info", (7000, 9000)), ("memory_reserved", 500), ("memory_allocated", 200)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert budget.free_memory(torch.device("cuda")) == 7300
 
 
 def test_free_memory_is_half_of_the_machine_where_no_file_says(monkeypatch, tmp_path):
@@ -234,7 +243,7 @@ def test_the_c_library_keeps_memory_only_while_tiles_are_computed(monkeypatch):
 
     monkeypatch.setattr(budget.ctypes, "CDLL", lambda name: Library())
     inference.chop(Watching(), torch.rand(1, 3, 9, 9))
-    assert calls[2:] == [*budget.KEEP.items(), "forward", *budget.GIVE_BACK.items(), "trim"]
+    assert calls == [*budget.KEEP.items(), "forward", *budget.GIVE_BACK.items(), "trim"]
     monkeypatch.setattr(budget.ctypes, "CDLL", lambda name: object())  # another C library
     assert inference.chop(Nearest(), torch.rand(1, 3, 9, 9)).shape == (1, 3, 18, 18)
 
