@@ -203,6 +203,9 @@ def make_parser():
                        help="what to score: S the student in --ckp_path; T the teacher there, or else the one found for "
                             "--teacher, --scale")
     group.add_argument("--chop", action="store_true", help="upscale large images in tiles, in bounded memory")
+    group.add_argument("--chop_mem", type=positive_number,
+                       help="GB (10^9 bytes) that tiles of --chop may take while they are computed (default: half of what "
+                            "is free; 1 for networks that look at the whole image, whose results depend on it)")
     group.add_argument("--self_ensemble", action="store_true", help="average over the 8 flips and transposes")
     return parser
 
@@ -303,6 +306,8 @@ def check_together(parser, args):
     if args.batch_size % (args.n_GPUs * args.split_batch):
         parser.error(f"--batch_size {args.batch_size} cannot be divided evenly by --n_GPUs {args.n_GPUs} x --split_batch "
                      f"{args.split_batch}")
+    if args.chop_mem and not args.chop:
+        parser.error("--chop_mem bounds the memory of --chop: give both")
     experiments = str(ROOT / "experiment")
     folder, cache = os.path.normpath(os.path.join(experiments, args.ckp_dir)), os.path.join(experiments, "cache")
     if folder == experiments or f"{folder}/".startswith(f"{cache}/"):

@@ -1,4 +1,5 @@
 """Upscaling in tiles and over orientations, and the way back to an image."""
+from argparse import Namespace
 from itertools import pairwise
 
 import numpy as np
@@ -6,9 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+import budget
+import evaluation
 import inference
+from error import UserError
+from memory import peak_memory
 from model.edsr import EDSR
 from model.rcan import RCAN
+from model.swinir import SwinIR
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +24,7 @@ def seed():
 
 class Nearest(nn.Module):
     """Repeats each pixel, whatever the tiles and orientations; keeps its inputs."""
-    scale = 2
+    scale, rgb_range = 2, 255
 
     def __init__(self, window=1, receptive_field=3):
         super().__init__()
@@ -77,14 +83,13 @@ def test_tiles_of_a_network_that_sees_everything_come_close():
     assert 0 < (whole - tiled).abs().max() < 1
 
 
-@pytest.mark.parametrize("tile, halo, batch", [(None, None, None), (5, 0, None), (5, 2, 1), (16, 3, 4), (1, 1, 7),
-                                               (100, 9, 2)])
+@pytest.mark.parametrize("tile, halo", [(None, None), (5, 0), (5, 2), (16, 3), (1, 1), (100, 9)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (37, 23), (40, 16)])
 @pytest.mark.parametrize("window", [1, 8])
-def test_every_pixel_is_written_from_its_own_place(monkeypatch, size, tile, halo, batch, window):
+def test_every_pixel_is_written_from_its_own_place(monkeypatch, size, tile, halo, window):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, torch.nan))
     net, lr = Nearest(window), places(*size)
-    assert torch.equal(inference.chop(net, lr, tile, halo, batch), net(lr))
+    assert torch.equal(inference.chop(net, lr, tile, halo), net(lr))
 
 
 def test_images_of_a_batch_keep_apart():
@@ -92,15 +97,173 @@ def test_images_of_a_batch_keep_apart():
     assert torch.equal(inference.chop(net, lr, tile=8), net(lr))
 
 
-@pytest.mark.parametrize("size, window, receptive_field", [
-    ((1500, 900), 1, 3), ((1500, 900), 1, 36), ((1500, 900), 8, None), ((1003, 17), 8, None), ((300, 2000), 1, 100)])
-def test_what_is_computed_at_once_is_bounded(size, window, receptive_field):
-    net = Nearest(window, receptive_field)
-    inference.chop(net, torch.zeros(1, 3, *size))
-    side = max(inference.WINDOW, 4 * (receptive_field or 0))
-    assert max(max(x.shape[2:]) for x in net.inputs) <= side + window - 1
-    assert max(x.shape[0] * x.shape[2] * x.shape[3] for x in net.inputs) <= (side + window - 1)**2
+@pytest.mark.parametrize("size", [(19, 37), (24, 24)])
+@pytest.mark.parametrize("window, receptive_field", [(1, 3), (8, 5), (1, 0)])
+def test_images_of_a_batch_are_computed_together_where_they_fit(size, window, receptive_field):
+    net, lr = Nearest(window, receptive_field), places(*size, images=5)
+    assert torch.equal(inference.chop(net, lr, memory=memory_of(net, 2000)), net(lr))
+    inputs = tiles_of(net)[:-1]
+    assert max(map(len, inputs)) > 1 and max(len(x) * padded(x, window) for x in inputs) <= 2000
 
+
+# ---- the memory of tiles
+
+def memory_of(net, pixels):
+    """Bytes that LR pixels of the network take, and half a pixel for the rounding."""
+    return budget.memory_of(net, torch.device("cpu"), pixels + 0.5)
+
+
+def tiles_of(net):
+    """What a Nearest got but for the two images that find out how much memory it takes."""
+    assert [x.shape[2] for x in net.inputs[:2]] == [8, budget.PROBE]
+    return net.inputs[2:]
+
+
+def padded(x, window):
+    return -(-x.shape[2] // window) * window * -(-x.shape[3] // window) * window
+
+
+@pytest.mark.parametrize("size, window, receptive_field", [
+    ((1500, 900), 1, 3), ((1500, 900), 1, 36), ((1500, 900), 8, None), ((1003, 17), 8, None), ((300, 2000), 1, 40)])
+@pytest.mark.parametrize("pixels", [15000, 40000, 10**7])
+def test_what_is_computed_at_once_is_bounded(size, window, receptive_field, pixels):
+    net = Nearest(window, receptive_field)
+    inference.chop(net, torch.zeros(1, 3, *size), memory=memory_of(net, pixels))
+    areas = [len(x) * padded(x, window) for x in tiles_of(net)]
+    assert pixels / 4 < max(areas) <= pixels or len(areas) == 1
+    assert (len(areas) == 1) == (-(-size[0] // window) * -(-size[1] // window) * window**2 <= pixels)
+
+
+def test_more_memory_means_fewer_pixels_computed(edsr):
+    computed, lr = [], torch.zeros(1, 3, 200, 150)
+    for pixels in (700, 1500, 4000, 10000, 20000, 40000):
+        net = Nearest(receptive_field=8)
+        inference.chop(net, lr, memory=memory_of(net, pixels))
+        computed.append(sum(x.shape[0] * x.shape[2] * x.shape[3] for x in tiles_of(net)))
+    assert computed == sorted(computed, reverse=True)
+    assert computed[0] > 1.5 * computed[2] and computed[-1] == 200 * 150
+
+
+@pytest.mark.parametrize("pixels", [1000, 1500, 4000, 10000])
+@pytest.mark.parametrize("size", [(61, 97), (20, 33), (120, 7)])
+def test_whatever_the_memory_a_finite_network_gives_the_same(edsr, size, pixels):
+    lr = 255 * torch.rand(1, 3, *size)
+    with torch.no_grad():
+        assert torch.allclose(inference.chop(edsr, lr, memory=memory_of(edsr, pixels)), edsr(lr), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("make", [lambda: EDSR(2, n_resblocks=2, n_feats=8),
+                                  lambda: RCAN(4, n_resgroups=2, n_resblocks=2, n_feats=8, reduction=4),
+                                  lambda: SwinIR(2, depths=(2, 2), n_feats=8, num_heads=(2, 2))])
+@pytest.mark.parametrize("pixels", [15000, 30000])
+def test_tiles_take_no_more_than_the_memory(make, pixels):
+    net, lr = make().eval(), torch.rand(1, 3, 250, 180)
+    memory = memory_of(net, pixels)
+    sr, peak = peak_memory(lambda: inference.chop(net, lr, memory=memory), torch.device("cpu"))
+    assert memory / 4 < peak - sr.nbytes < memory
+
+
+def test_a_network_is_measured_once_for_each_precision(edsr):
+    net, lr = Nearest(), torch.rand(1, 3, 50, 50)
+    for _ in range(2):
+        inference.chop(net, lr)
+    assert len(tiles_of(net)) == 2
+    small = Nearest()
+    inference.chop(small, lr[..., :9, :9])
+    assert len(small.inputs) == 1
+    single = budget.bytes_per_pixel(edsr, torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert budget.bytes_per_pixel(edsr, torch.device("cpu")) < single  # the maps, not the image
+    assert budget.bytes_per_pixel(edsr, torch.device("cpu")) == single
+
+
+def test_weights_do_not_count_as_memory_of_pixels():
+    taken = []
+    for n_resblocks in (1, 40):
+        with torch.autocast("cpu", torch.bfloat16):
+            taken.append(budget.bytes_per_pixel(EDSR(2, n_resblocks, n_feats=32).eval(), torch.device("cpu")))
+    assert taken[1] <= 1.3 * taken[0]
+
+
+def test_memory_that_holds_no_tile_gets_one_line(edsr):
+    with pytest.raises(UserError, match=r"--chop_mem 1e-05: the smallest tile .* takes about 0\.\d+ GB"):
+        inference.chop(edsr, torch.rand(1, 3, 50, 50), memory=1e4)
+
+
+def test_the_default_is_half_of_what_is_free_but_for_networks_that_look_at_the_whole_image(monkeypatch):
+    monkeypatch.setattr(budget, "free_memory", lambda device: 6e9)
+    cpu = torch.device("cpu")
+    assert budget.default_memory(Nearest(), cpu) == 3e9
+    assert budget.default_memory(Nearest(receptive_field=None), cpu) == 1e9
+    monkeypatch.setattr(budget, "free_memory", lambda device: 0)
+    assert inference.chop(Nearest(), torch.rand(1, 3, 50, 50)).shape == (1, 3, 100, 100)
+
+
+MEMINFO = "MemTotal: 8000 kB\nMemFree: 1000 kB\nMemAvailable:    4000 kB\n"
+
+
+@pytest.mark.parametrize("files, free", [
+    ({}, 4096000), ({"max": "max", "current": "1000"}, 4096000), ({"max": "3000000", "current": "1000000"}, 2300000),
+    ({"max": "3000000", "current": "3500000"}, 0), ({"max": "9000000", "current": "1000000"}, 4096000)])
+def test_free_memory_is_what_the_system_and_the_container_leave(monkeypatch, tmp_path, files, free):
+    for name, text in {**files, **({"stat": "anon 5\ninactive_file 300000\nactive_file 7\n"} if files else {})}.items():
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    (tmp_path / "meminfo").write_text(MEMINFO)
+    monkeypatch.setattr(budget, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(budget, "CGROUP", tmp_path)
+    assert budget.free_memory(torch.device("cpu")) == free
+
+
+def test_free_memory_of_a_gpu_is_the_systems_and_what_the_allocator_holds_back(monkeypatch):
+    for name, value in (("mem_get_info", (7000, 9000)), ("memory_reserved", 500), ("memory_allocated", 200)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert budget.free_memory(torch.device("cuda")) == 7300
+
+
+def test_free_memory_is_half_of_the_machine_where_no_file_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(budget, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(budget.os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
+    assert budget.free_memory(torch.device("cpu")) == 2048000
+
+
+def test_the_c_library_keeps_memory_only_while_tiles_are_computed(monkeypatch):
+    calls = []
+
+    class Library:
+        def mallopt(self, option, value):
+            calls.append((option, value))
+
+        def malloc_trim(self, pad):
+            calls.append("trim")
+
+    class Watching(Nearest):
+        def forward(self, x):
+            calls.append("forward")
+            return super().forward(x)
+
+    monkeypatch.setattr(budget.ctypes, "CDLL", lambda name: Library())
+    inference.chop(Watching(), torch.rand(1, 3, 9, 9))
+    assert calls == [*budget.KEEP.items(), "forward", *budget.GIVE_BACK.items(), "trim"]
+    monkeypatch.setattr(budget.ctypes, "CDLL", lambda name: object())  # another C library
+    assert inference.chop(Nearest(), torch.rand(1, 3, 9, 9)).shape == (1, 3, 18, 18)
+
+
+def test_out_of_memory_makes_tiles_smaller(caplog):
+    class Tight(Nearest):
+        def forward(self, x):
+            if x.shape[2] * x.shape[3] > 5000:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    caplog.set_level("INFO", "sr")
+    net, lr = Tight(), places(150, 130)
+    assert torch.equal(inference.chop(net, lr), places(150, 130).repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert len(caplog.messages) >= 2 and all("out of memory" in line for line in caplog.messages)
+    with pytest.raises(torch.OutOfMemoryError):
+        inference.chop(Tight(receptive_field=40), lr)
+
+
+# ---- the grid of tiles
 
 @pytest.mark.parametrize("size", [(100, 61), (64, 64), (7, 130)])
 def test_tiles_start_on_the_grid_of_windows(size):
@@ -147,14 +310,26 @@ def test_self_ensemble_leaves_an_equivariant_function_alone():
 
 @pytest.mark.parametrize("chop_tiles", [False, True])
 @pytest.mark.parametrize("self_ensemble", [False, True])
-def test_upscale_does_what_the_flags_say(monkeypatch, chop_tiles, self_ensemble):
-    monkeypatch.setattr(inference, "WINDOW", 12)
+def test_upscale_does_what_the_flags_say(chop_tiles, self_ensemble):
     net, lr = Nearest(), places(20, 30)
-    assert torch.equal(inference.upscale(net, lr, chop_tiles, self_ensemble), net(lr))
-    inputs = net.inputs[:-1]
-    assert (max(x.shape[2] for x in inputs) <= 12) == chop_tiles
+    memory = memory_of(net, 150)
+    assert torch.equal(inference.upscale(net, lr, chop_tiles, self_ensemble, memory), net(lr))
+    inputs = tiles_of(net)[:-1]
+    assert (max(x.shape[2] * x.shape[3] for x in inputs) <= 150) == chop_tiles
     assert len(inputs) == 8**self_ensemble or chop_tiles
     assert any(x[0, 0, 0, 0] > x[0, 0, -1, 0] for x in inputs) == self_ensemble
+
+
+@pytest.mark.parametrize("chop_mem", [None, 2e-4])
+def test_an_image_is_held_once_as_numbers_beside_the_tiles(chop_mem):
+    net, image = Nearest(), (np.arange(400 * 300 * 3) % 251).astype(np.uint8).reshape(400, 300, 3)
+    args = Namespace(chop=True, chop_mem=chop_mem, self_ensemble=False, precision="single")
+    upscale = evaluation.by_network(net, torch.device("cpu"), args)
+    sr, peak = peak_memory(lambda: upscale(image), torch.device("cpu"))
+    assert np.array_equal(sr, image.repeat(2, 0).repeat(2, 1)) and sr.flags.c_contiguous
+    areas = [x.shape[2] * x.shape[3] for x in tiles_of(net)]
+    assert (max(areas) <= chop_mem * 1e9 / budget.memory_of(net, torch.device("cpu"), 1)) if chop_mem else len(areas) == 1
+    assert not chop_mem or peak < 9 * sr.nbytes  # 4 of them are its floats, 2 its input and what Nearest keeps
 
 
 # ---- images

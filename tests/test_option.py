@@ -132,6 +132,7 @@ def test_a_plus_in_the_name_of_an_existing_file_separates_nothing(tmp_path):
     ("--lr nan", "above 0"),
     ("--resume 1 --reset", "--reset"),
     ("--save_gt", "--save_results"),
+    ("--chop_mem 2", "--chop"), ("--chop --chop_mem 0", "above 0"), ("--chop --chop_mem 4GB", "finite number"),
     ("--no_such_flag", "--no_such_flag"),
     ("--feat [1]", "--feat"),
     ("--template +", "no preset"), ("--template FAKD+", "no preset"),

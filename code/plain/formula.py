@@ -17,6 +17,7 @@ SAN_SIZES = dict(n_resgroups=2, n_resblocks=2)  # of 20 and 10: the rest repeats
 EDSR_SIZES = dict(n_resblocks=16, n_feats=32)  # of the template EDSR_baseline, but for half of its channels
 SHAVE = 10  # LR pixels by which EDSR-PyTorch extends the quarters of an image, and LR pixels that it computes at once
 AT_ONCE = 160000
+MEMORY = 5e8  # bytes that our tiles may take
 
 
 def san_pooling(side, device):
@@ -92,7 +93,7 @@ def chop_edsr(side, device):
     """EDSR x2 on a large image: tiles with halos, against the four-way split of EDSR-PyTorch, whose parts show seams."""
     net = EDSR(2, **EDSR_SIZES).eval().to(device)
     lr = 255 * torch.rand(1, 3, side, side, device=device)
-    chop(net, lr[..., :8, :8])  # what it finds out once per network is not the first image's
+    chop(net, lr[..., :8, :8], memory=MEMORY)  # what it finds out once per network is not the first image's
 
     def seams(split, at_once):
         (split, _), (sr, memory) = split, at_once
@@ -100,7 +101,7 @@ def chop_edsr(side, device):
                 f"untrained); the whole image at once takes {memory / 1e6:,.0f} MB")
 
     ours, plain, whole = (torch.no_grad()(lambda forward=forward: (forward(lr),))
-                          for forward in (partial(chop, net), partial(plain_chop, net), net))
+                          for forward in (partial(chop, net, memory=MEMORY), partial(plain_chop, net), net))
     return Pair("EDSR {n_resblocks} x {n_feats}".format(**net.config), ours, plain, 1e-5, right=whole, remark=seams,
                 arithmetic=of_convolutions(device))
 
