@@ -4,8 +4,11 @@ FAKD: Feature-affinity Based Knowledge Distillation (He et al., ICIP 2020). The 
 one 256 x 256 map. Here a block of them exists at a time, loss and gradient are formed from it in one pass, and of the
 symmetric matrices only the upper triangle is computed.
 """
+import functools
 import itertools
+import logging
 import math
+import time
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from loss.step import Term
 
+log = logging.getLogger("sr")
 EPSILON = 1e-8
-# Numbers in a block. 384 x 384 float32 take 0.6 MB: a core's second cache holds a block while it is worked on, and matrix
+# Numbers in a block. 288 x 288 float32 take 0.3 MB: a core's second cache holds a block while it is worked on, and matrix
 # products of that size are as fast as large ones. Several cores share a block. A GPU wants few and large ones.
-STRIP = 384**2 * torch.get_num_threads()
+STRIP = 288**2 * torch.get_num_threads()
 STRIP_GPU = 4096**2
+TRIAL = 8, 1999  # images and positions of the maps that decide between blocks and kernel
 
 
 def affinity_l1(student, teacher, polynomial=None):
@@ -28,20 +33,21 @@ def affinity_l1(student, teacher, polynomial=None):
     """
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise ValueError(f"maps of {tuple(student.shape)} and {tuple(teacher.shape)} have no common positions")
-    return _AffinityL1.apply(student.flatten(2).mT, teacher.flatten(2).mT, polynomial)
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (student, teacher))
+    return _AffinityL1.apply(student.flatten(2).mT, teacher.flatten(2).mT, polynomial, wanted)
 
 
 class _AffinityL1(torch.autograd.Function):
     """Of rows, B x N x C. Forward forms the gradients too: a second pass over all pairs would cost as much as the first."""
 
     @staticmethod
-    def forward(ctx, student, teacher, polynomial):
+    def forward(ctx, student, teacher, polynomial, wanted):
         units = [rows.clone(memory_format=torch.contiguous_format) for rows in (student, teacher)]
         norms = [rows.norm(dim=2, keepdim=True).add_(EPSILON) for rows in units]
         for rows, norm in zip(units, norms):
             rows.div_(norm)
         pairs = student.shape[0] * student.shape[1] ** 2
-        total, gradients = sum_in_blocks(*units, polynomial, ctx.needs_input_grad[:2])
+        total, gradients = _sum(*units, polynomial, wanted)
         ctx.gradients = [None if gradient is None else _before_division(gradient.mul_(2 / pairs), unit, norm)
                          for gradient, unit, norm in zip(gradients, units, norms)]  # 2: a similarity has two ends
         return (total / pairs).to(student.dtype)
@@ -49,13 +55,64 @@ class _AffinityL1(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *(None if gradient is None else gradient * grad for gradient in ctx.gradients), None
+        return *(None if gradient is None else gradient * grad for gradient in ctx.gradients), None, None
 
 
 def _before_division(gradient, unit, norm):
     """The gradient by rows, in place of that by unit = rows / norm, where norm is the rows' norm + EPSILON."""
     radial = (gradient * unit).sum(2, keepdim=True) * (norm / (norm - EPSILON).clamp_min(EPSILON**2))
     return gradient.addcmul_(unit, radial, value=-1).div_(norm)
+
+
+def _sum(student, teacher, polynomial, wanted):
+    """sum_in_blocks or, on a GPU where it is better, the same from loss/affinity_triton.py."""
+    way = sum_in_blocks
+    if student.is_cuda and student.dtype == torch.float32:
+        widths = student.shape[2], teacher.shape[2]
+        way = _way(student.device, widths, None if polynomial is None else tuple(polynomial), wanted)
+    return way(student, teacher, polynomial, wanted)
+
+
+@functools.cache
+def _way(device, widths, polynomial, wanted):
+    """The Triton kernel where it can be compiled, agrees with the blocks and is faster; else the blocks."""
+    try:
+        from loss.affinity_triton import sum_in_kernel  # noqa: PLC0415 - PyTorch without a GPU comes without triton
+        faster = _is_faster(sum_in_kernel, device, widths, polynomial, wanted)
+    except Exception as error:  # whatever compiler, driver or card object to, the blocks need none of it
+        _log_once(f"spatial affinity without its Triton kernel: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return sum_in_blocks
+    _log_once(f"spatial affinity by {'its Triton kernel' if faster else 'blocks, faster here than its Triton kernel'}")
+    return sum_in_kernel if faster else sum_in_blocks
+
+
+@functools.cache
+def _log_once(line):
+    log.info(line)
+
+
+def _is_faster(kernel, device, widths, polynomial, wanted):
+    """Whether `kernel` takes less time than sum_in_blocks for random rows; RuntimeError where it gives something else."""
+    generator = torch.Generator(device).manual_seed(0)  # its own: a trial should not change what training draws
+    units = [F.normalize(torch.randn(*TRIAL, width, generator=generator, device=device), dim=2) for width in widths]
+    units[1] = F.normalize(units[1] * units[1][..., :1].sign() + 1, dim=2)  # not about 0 as well, where signs are chance
+    seconds, results = [], []
+    for way in (kernel, sum_in_blocks):
+        times = []
+        for _ in range(4):  # the first compiles
+            start = time.perf_counter()
+            total, gradients = way(*units, polynomial, wanted)
+            value = total.item()  # waits for the GPU
+            times.append(time.perf_counter() - start)
+        seconds.append(min(times))
+        ones = units[0].new_ones(*TRIAL, 1)
+        results.append([value, *(_before_division(gradient, unit, ones)
+                                 for gradient, unit in zip(gradients, units) if gradient is not None)])
+    (value, *gradients), (expected, *expected_gradients) = results
+    if not (abs(value - expected) <= 1e-5 * abs(expected)
+            and all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(gradients, expected_gradients))):
+        raise RuntimeError("its value or gradient is not that of the blocks")
+    return seconds[0] < seconds[1]
 
 
 def sum_in_blocks(student, teacher, polynomial, wanted):
