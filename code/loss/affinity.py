@@ -1,10 +1,14 @@
 """Spatial affinity and its relatives: L1 between N x N matrices of similarities of positions, N = H W.
 
 FAKD: Feature-affinity Based Knowledge Distillation (He et al., ICIP 2020). The published code builds the matrices, 17 GB for
-one 256 x 256 map. Here a strip of rows exists at a time, loss and gradient are formed from it in one pass, and of the
+one 256 x 256 map. Here a block of them exists at a time, loss and gradient are formed from it in one pass, and of the
 symmetric matrices only the upper triangle is computed.
 """
+import functools
+import itertools
+import logging
 import math
+import time
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from loss.step import Term
 
+log = logging.getLogger("sr")
 EPSILON = 1e-8
-STRIP = 1 << 19  # numbers in a strip: 2 MB of float32, which a core's cache holds
+# Numbers in a block. 288 x 288 float32 take 0.3 MB: a core's second cache holds a block while it is worked on, and matrix
+# products of that size are as fast as large ones. Several cores share a block. A GPU wants few and large ones.
+STRIP = 288**2 * torch.get_num_threads()
+STRIP_GPU = 4096**2
+TRIAL = 8, 1999  # images and positions of the maps that decide between blocks and kernel
 
 
 def affinity_l1(student, teacher, polynomial=None):
@@ -24,69 +33,133 @@ def affinity_l1(student, teacher, polynomial=None):
     """
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise ValueError(f"maps of {tuple(student.shape)} and {tuple(teacher.shape)} have no common positions")
-    return _AffinityL1.apply(_unit_rows(student), _unit_rows(teacher), polynomial)
-
-
-def _unit_rows(x):
-    """B x C x H x W -> B x N x C, each position's vector divided by its norm + 1e-8."""
-    rows = x.flatten(2).transpose(1, 2).contiguous()
-    return rows / (rows.norm(dim=2, keepdim=True) + EPSILON)
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (student, teacher))
+    return _AffinityL1.apply(student.flatten(2).mT, teacher.flatten(2).mT, polynomial, wanted)
 
 
 class _AffinityL1(torch.autograd.Function):
+    """Of rows, B x N x C. Forward forms the gradients too: a second pass over all pairs would cost as much as the first."""
+
     @staticmethod
-    def forward(ctx, student, teacher, polynomial):
-        total = torch.zeros((), dtype=torch.float64, device=student.device)
-        gradients = [torch.zeros_like(rows) if needed else None
-                     for rows, needed in zip((student, teacher), ctx.needs_input_grad)]
+    def forward(ctx, student, teacher, polynomial, wanted):
+        units = [rows.clone(memory_format=torch.contiguous_format) for rows in (student, teacher)]
+        norms = [rows.norm(dim=2, keepdim=True).add_(EPSILON) for rows in units]
+        for rows, norm in zip(units, norms):
+            rows.div_(norm)
         pairs = student.shape[0] * student.shape[1] ** 2
-        for image in range(student.shape[0]):
-            of_image = [None if gradient is None else gradient[image] for gradient in gradients]
-            total += _accumulate(student[image], teacher[image], polynomial, of_image)
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(2 / pairs)  # each similarity has two ends
-        ctx.gradients = gradients
+        total, gradients = _sum(*units, polynomial, wanted)
+        ctx.gradients = [None if gradient is None else _before_division(gradient.mul_(2 / pairs), unit, norm)
+                         for gradient, unit, norm in zip(gradients, units, norms)]  # 2: a similarity has two ends
         return (total / pairs).to(student.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *(None if gradient is None else gradient * grad for gradient in ctx.gradients), None
+        return *(None if gradient is None else gradient * grad for gradient in ctx.gradients), None, None
 
 
-def _accumulate(student, teacher, polynomial, gradients):
-    """Sum over all pairs of one image, N x C each; adds sign(difference) x rows to the gradients that are wanted."""
-    n = student.shape[0]
-    height = max(1, min(n, STRIP // n))
+def _before_division(gradient, unit, norm):
+    """The gradient by rows, in place of that by unit = rows / norm, where norm is the rows' norm + EPSILON."""
+    radial = (gradient * unit).sum(2, keepdim=True) * (norm / (norm - EPSILON).clamp_min(EPSILON**2))
+    return gradient.addcmul_(unit, radial, value=-1).div_(norm)
+
+
+def _sum(student, teacher, polynomial, wanted):
+    """sum_in_blocks or, on a GPU where it is better, the same from loss/affinity_triton.py."""
+    way = sum_in_blocks
+    if student.is_cuda and student.dtype == torch.float32:
+        widths = student.shape[2], teacher.shape[2]
+        way = _way(student.device, widths, None if polynomial is None else tuple(polynomial), wanted)
+    return way(student, teacher, polynomial, wanted)
+
+
+@functools.cache
+def _way(device, widths, polynomial, wanted):
+    """The Triton kernel where it can be compiled, agrees with the blocks and is faster; else the blocks."""
+    try:
+        from loss.affinity_triton import sum_in_kernel  # noqa: PLC0415 - PyTorch without a GPU comes without triton
+        faster = _is_faster(sum_in_kernel, device, widths, polynomial, wanted)
+    except Exception as error:  # whatever compiler, driver or card object to, the blocks need none of it
+        _log_once(f"spatial affinity without its Triton kernel: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return sum_in_blocks
+    _log_once(f"spatial affinity by {'its Triton kernel' if faster else 'blocks, faster here than its Triton kernel'}")
+    return sum_in_kernel if faster else sum_in_blocks
+
+
+@functools.cache
+def _log_once(line):
+    log.info(line)
+
+
+def _is_faster(kernel, device, widths, polynomial, wanted):
+    """Whether `kernel` takes less time than sum_in_blocks for random rows; RuntimeError where it gives something else."""
+    generator = torch.Generator(device).manual_seed(0)  # its own: a trial should not change what training draws
+    units = [F.normalize(torch.randn(*TRIAL, width, generator=generator, device=device), dim=2) for width in widths]
+    units[1] = F.normalize(units[1] * units[1][..., :1].sign() + 1, dim=2)  # not about 0 as well, where signs are chance
+    seconds, results = [], []
+    for way in (kernel, sum_in_blocks):
+        times = []
+        for _ in range(4):  # the first compiles
+            start = time.perf_counter()
+            total, gradients = way(*units, polynomial, wanted)
+            value = total.item()  # waits for the GPU
+            times.append(time.perf_counter() - start)
+        seconds.append(min(times))
+        ones = units[0].new_ones(*TRIAL, 1)
+        results.append([value, *(_before_division(gradient, unit, ones)
+                                 for gradient, unit in zip(gradients, units) if gradient is not None)])
+    (value, *gradients), (expected, *expected_gradients) = results
+    if not (abs(value - expected) <= 1e-5 * abs(expected)
+            and all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(gradients, expected_gradients))):
+        raise RuntimeError("its value or gradient is not that of the blocks")
+    return seconds[0] < seconds[1]
+
+
+def sum_in_blocks(student, teacher, polynomial, wanted):
+    """Sum of |difference| over all pairs of positions, float64, and for each map whose gradient is `wanted` half of it.
+
+    student, teacher: B x N x C, unit vectors -> scalar, [B x N x C or None] * 2
+    """
+    batch, n = student.shape[:2]
+    side = math.isqrt(STRIP_GPU if student.is_cuda else STRIP)
     total = torch.zeros((), dtype=torch.float64, device=student.device)
-    for start in range(0, n, height):
-        stop = min(start + height, n)
-        strips = [_similarities(rows, start, stop, polynomial) for rows in (student, teacher)]
-        difference = strips[0][0].sub_(strips[1][0])
-        diagonal, beyond = difference[:, :stop - start], difference[:, stop - start:]
-        for part, weight in ((diagonal, 1), (beyond, 2)):
-            total += weight * torch.linalg.vector_norm(part, 1)
-        sign = difference.sign_()
-        for gradient, rows, slope, direction in zip(gradients, (student, teacher), (s[1] for s in strips), (1, -1)):
-            if gradient is None:
+    gradients = [torch.zeros_like(unit) if want else None for unit, want in zip((student, teacher), wanted)]
+    for image, top in itertools.product(range(batch), range(0, n, side)):
+        for left in range(top, n, side):
+            rows, columns = (image, slice(top, top + side)), (image, slice(left, left + side))
+            values, slopes = zip(*(_similarities(unit[rows], unit[columns], polynomial, want)
+                                   for unit, want in zip((student, teacher), wanted)))
+            difference = values[0].sub_(values[1])  # two equal maps have equal products: no rounding gets a sign
+            # abs and sum, two passes, take a fifth of the time of vector_norm(1)
+            total += (1 if left == top else 2) * difference.abs().sum()
+            if not any(wanted):
                 continue
-            weighted = sign if slope is None else sign * slope
-            gradient[start:stop].addmm_(weighted, rows[start:], alpha=direction)
-            gradient[stop:].addmm_(weighted[:, stop - start:].T, rows[start:stop], alpha=direction)
-    return total
+            sign = difference.sign_()
+            for gradient, unit, slope, direction in zip(gradients, (student, teacher), slopes, (1, -1)):
+                if gradient is None:
+                    continue
+                weighted = sign if slope is None else slope.mul_(sign)
+                gradient[rows].addmm_(weighted, unit[columns], alpha=direction)
+                if left > top:  # the block below the diagonal is this one transposed
+                    gradient[columns].addmm_(weighted.T, unit[rows], alpha=direction)
+    return total, gradients
 
 
-def _similarities(rows, start, stop, polynomial):
-    """Similarities of rows start..stop with rows start.. and, under a polynomial, its slope there (else None)."""
-    cosine = rows[start:stop] @ rows[start:].T
+def _similarities(rows, columns, polynomial, want_slope):
+    """Similarities of all rows with all columns and, under a polynomial, its slope there if wanted (else None)."""
+    cosine = rows @ columns.T
     if polynomial is None:
         return cosine, None
-    value, slope = torch.full_like(cosine, polynomial[-1]), torch.zeros_like(cosine)
-    for coefficient in polynomial[-2::-1]:  # Horner's scheme for the value and its derivative together
-        slope.mul_(cosine).add_(value)
-        value.mul_(cosine).add_(coefficient)
-    return value, slope
+    derivative = [p * c for p, c in enumerate(polynomial)][1:] or [0]
+    return _horner(polynomial, cosine), _horner(derivative, cosine) if want_slope else None
+
+
+def _horner(coefficients, x):
+    """Sum over p of coefficients[p] x^p."""
+    result = torch.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        result.mul_(x).add_(coefficient)
+    return result
 
 
 def pool(x, args):

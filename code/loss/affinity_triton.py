@@ -1,0 +1,107 @@
+"""The sums of affinity.py in one kernel for GPUs: of an N x N matrix no number leaves the chip.
+
+A program has some rows of one image and goes over all columns. It forms a tile of both matrices, adds up |difference|, and
+multiplies its sign with the columns' vectors into the gradient of its rows. That visits every pair twice where the blocks of
+affinity.py visit it once, 6 products instead of 4; in return no two programs write to the same place, so there are no
+atomics and the same input gives the same bits.
+
+Imported only where there is a GPU: `triton` comes with PyTorch for CUDA, not with PyTorch for CPUs.
+"""
+import torch
+import triton
+import triton.language as tl
+
+# Rows of a program, columns and channels of a step: with 64 columns the compiler moves registers to memory (compute
+# capability 8.0, 64 channels), with 32 it does not, and a step takes 16 KB of shared memory.
+ROWS, COLUMNS, CHANNELS = 64, 32, 32
+WIDEST = 128  # channels whose gradient a program's registers hold beside a tile
+
+
+@triton.jit
+def _similarities(unit, rows, columns, n, channels: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """Tile of products of an N x C map's rows and columns; 0 where either is beyond N."""
+    tile = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for start in range(0, channels, CHUNK):
+        channel = start + tl.arange(0, CHUNK)
+        left = tl.load(unit + rows[:, None] * channels + channel[None, :],
+                       mask=(rows < n)[:, None] & (channel < channels)[None, :], other=0.0)
+        right = tl.load(unit + columns[None, :] * channels + channel[:, None],
+                        mask=(columns < n)[None, :] & (channel < channels)[:, None], other=0.0)
+        tile += tl.dot(left, right, input_precision=PRECISION)
+    return tile
+
+
+@triton.jit
+def _polynomial(cosine, coefficients, DEGREE: tl.constexpr):
+    """Value, without the constant that no difference shows, and slope of the polynomial; Horner's scheme for both."""
+    quotient = tl.zeros_like(cosine)  # (value - constant) / cosine
+    slope = tl.zeros_like(cosine)
+    for k in tl.static_range(DEGREE):
+        slope = slope * cosine + quotient
+        quotient = quotient * cosine + tl.load(coefficients + DEGREE - k)
+    return quotient * cosine, slope * cosine + quotient
+
+
+@triton.jit(do_not_specialize=["n"])
+def _kernel(student, teacher, coefficients, sums, gradient, n,
+            STUDENT: tl.constexpr, TEACHER: tl.constexpr, DEGREE: tl.constexpr, WITH_GRADIENT: tl.constexpr,
+            WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    image = tl.program_id(1).to(tl.int64)  # 64 bits: B N C may pass 2^31
+    student += image * n * STUDENT
+    teacher += image * n * TEACHER
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, WIDTH)
+    row_sums = tl.zeros((ROWS,), tl.float32)
+    row_gradient = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(0, n, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS).to(tl.int64)
+        cosine = _similarities(student, rows, columns, n, STUDENT, CHUNK, PRECISION)
+        other = _similarities(teacher, rows, columns, n, TEACHER, CHUNK, PRECISION)
+        slope = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
+        if DEGREE >= 0:
+            cosine, slope = _polynomial(cosine, coefficients, DEGREE)
+            other, _ = _polynomial(other, coefficients, DEGREE)
+        difference = cosine - other
+        row_sums += tl.sum(tl.abs(difference), 1)
+        if WITH_GRADIENT:
+            weighted = tl.where(difference > 0, slope, tl.where(difference < 0, -slope, 0.0))
+            vectors = tl.load(student + columns[:, None] * STUDENT + channel[None, :],
+                              mask=(columns < n)[:, None] & (channel < STUDENT)[None, :], other=0.0)
+            row_gradient += tl.dot(weighted, vectors, input_precision=PRECISION)
+    tl.store(sums + image * n + rows, row_sums, mask=rows < n)
+    if WITH_GRADIENT:
+        tl.store(gradient + image * n * STUDENT + rows[:, None] * STUDENT + channel[None, :], row_gradient,
+                 mask=(rows < n)[:, None] & (channel < STUDENT)[None, :])
+
+
+def sum_in_kernel(student, teacher, polynomial, wanted):
+    """affinity.sum_in_blocks, for float32; ValueError for a gradient by more than WIDEST channels."""
+    total, gradients = None, [None, None]
+    for index, (one, other) in enumerate(((student, teacher), (teacher, student))):
+        if wanted[index] or (index == 0 and not any(wanted)):  # the teacher's, rarely wanted, as that of a student
+            total, gradients[index] = _launch(one, other, polynomial, wanted[index])
+    return total, gradients
+
+
+def _launch(student, teacher, polynomial, wanted):
+    """(sum over all pairs, half of its gradient by student or None)"""
+    batch, n, channels = student.shape
+    if wanted and channels > WIDEST:
+        raise ValueError(f"no kernel for the gradient by more than {WIDEST} channels")
+    degree, coefficients = -1, student  # not looked at
+    if polynomial is not None:
+        degree, coefficients = len(polynomial) - 1, torch.tensor(polynomial, dtype=torch.float32, device=student.device)
+    sums = student.new_empty(batch, n)
+    gradient = torch.empty_like(student) if wanted else None
+    width = max(16, triton.next_power_of_2(channels)) if wanted else 16  # tl.dot has at least 16
+    with torch.cuda.device_of(student):  # Triton launches on the current GPU
+        _kernel[(triton.cdiv(n, ROWS), batch)](
+            student, teacher, coefficients, sums, gradient if wanted else sums, n, channels, teacher.shape[2], degree,
+            wanted, width, CHANNELS, ROWS, COLUMNS, _precision(student.device), num_warps=4, num_stages=1)
+    return sums.sum(dtype=torch.float64), gradient
+
+
+def _precision(device):
+    """How tl.dot multiplies float32: by three products of 11-bit parts, which drop 2^-22 of it, on tensor cores that can."""
+    can = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "tf32x3" if can else "ieee"
