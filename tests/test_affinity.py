@@ -62,7 +62,7 @@ def error(found, expected):
 @pytest.mark.parametrize("batch, height, width", [(1, 1, 1), (1, 1, 2), (2, 5, 7), (3, 9, 4)])
 @pytest.mark.parametrize("side", [6, 1000])
 def test_blocks_equal_the_whole_matrices_in_float64(monkeypatch, side, batch, height, width, channels, polynomial):
-    monkeypatch.setattr(affinity, "STRIP", side**2)
+    monkeypatch.setattr(affinity, "BLOCK", side**2)
     maps = [torch.randn(batch, count, height, width, dtype=torch.float64) for count in channels]
     expected = value_and_gradients(plain_affinity_l1, maps, polynomial)
     found = value_and_gradients(affinity_l1, maps, polynomial)
@@ -80,7 +80,7 @@ def test_float32_is_within_1e_5_of_the_formula(batch, height, width, channels, p
 
 @pytest.mark.parametrize("polynomial", [None, CUBIC])
 def test_gradient_is_that_of_the_value(monkeypatch, polynomial):
-    monkeypatch.setattr(affinity, "STRIP", 5**2)
+    monkeypatch.setattr(affinity, "BLOCK", 5**2)
     maps = [torch.randn(2, count, 3, 4, dtype=torch.float64, requires_grad=True) for count in (3, 4)]
     assert torch.autograd.gradcheck(lambda *maps: affinity_l1(*maps, polynomial), maps)
 
@@ -164,13 +164,13 @@ def memory_of(function, side):
 
 
 def test_maps_of_256_x_256_fit_in_1_GB(monkeypatch):
-    monkeypatch.setattr(affinity, "STRIP", affinity.STRIP_GPU)  # the largest blocks there are, so the most memory
+    monkeypatch.setattr(affinity, "BLOCK", affinity.BLOCK_GPU)  # the largest blocks there are, so the most memory
     assert memory_of(affinity_l1, 256) < 1e9
     assert memory_of(plain_affinity_l1, 256) > 50e9
 
 
 def test_memory_grows_with_the_positions_not_with_their_pairs(monkeypatch):
-    monkeypatch.setattr(affinity, "STRIP", 512**2)
+    monkeypatch.setattr(affinity, "BLOCK", 512**2)
     assert memory_of(affinity_l1, 64) < 4 * memory_of(affinity_l1, 32)
 
 

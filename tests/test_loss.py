@@ -86,7 +86,7 @@ def same(first, second):
 @pytest.mark.parametrize("rows", [1, 4, 34, 35, 100])
 @pytest.mark.parametrize("polynomial", [None, (0.3, -0.5, 0.2, 0.7)])
 def test_affinity_in_strips_equals_the_whole_matrix(monkeypatch, rows, polynomial):
-    monkeypatch.setattr(affinity, "STRIP", 35 * rows)
+    monkeypatch.setattr(affinity, "BLOCK", 35 * rows)
     maps = random_maps(2, 5, 7)
     found = value_and_gradients(lambda s, t: affinity_l1(s, t, polynomial), *maps)
     assert same(found, value_and_gradients(lambda s, t: plain_affinity_l1(s, t, polynomial or (0, 1)), *maps))
@@ -109,7 +109,7 @@ def test_affinity_terms_equal_the_whole_matrix(term, pool_type):
 
 @pytest.mark.parametrize("rows", [2, 100])
 def test_gradient_of_affinity_is_that_of_its_value(monkeypatch, rows):
-    monkeypatch.setattr(affinity, "STRIP", 12 * rows)
+    monkeypatch.setattr(affinity, "BLOCK", 12 * rows)
     maps = [x.requires_grad_() for x in random_maps(1, 3, 4, widths=(3, 4))]
     assert torch.autograd.gradcheck(affinity_l1, maps)
 
@@ -150,7 +150,7 @@ def test_affinity_never_makes_its_matrix(function, side, has_matrix):
     with Largest() as largest:
         value_and_gradients(function, *maps)
     assert (largest.numel >= side**4) == has_matrix
-    assert has_matrix or largest.numel <= affinity.STRIP
+    assert has_matrix or largest.numel <= affinity.BLOCK
 
 
 # ---- the other transforms

@@ -20,8 +20,8 @@ log = logging.getLogger("sr")
 EPSILON = 1e-8
 # Numbers in a block. 288 x 288 float32 take 0.3 MB: a core's second cache holds a block while it is worked on, and matrix
 # products of that size are as fast as large ones. Several cores share a block. A GPU wants few and large ones.
-STRIP = 288**2 * torch.get_num_threads()
-STRIP_GPU = 4096**2
+BLOCK = 288**2 * torch.get_num_threads()
+BLOCK_GPU = 4096**2
 TRIAL = 8, 1999  # images and positions of the maps that decide between blocks and kernel
 
 
@@ -121,7 +121,7 @@ def sum_in_blocks(student, teacher, polynomial, wanted):
     student, teacher: B x N x C, unit vectors -> scalar, [B x N x C or None] * 2
     """
     batch, n = student.shape[:2]
-    side = math.isqrt(STRIP_GPU if student.is_cuda else STRIP)
+    side = math.isqrt(BLOCK_GPU if student.is_cuda else BLOCK)
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     gradients = [torch.zeros_like(unit) if want else None for unit, want in zip((student, teacher), wanted)]
     for image, top in itertools.product(range(batch), range(0, n, side)):
