@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import evaluation
 import processes
+from budget import memory_kept
 from data import make_batches
 from data.teacher_cache import decode
 from data.views import make_views, together
@@ -28,8 +29,9 @@ log = logging.getLogger("sr")
 
 class Trainer:
     def __init__(self, args, student, teachers, loss, crops, benchmarks, experiment, device):
-        self.args, self.loss, self.experiment, self.device = args, loss.to(device), experiment, device
+        self.args, self.loss, self.experiment, self.device = args, loss, experiment, device
         self.crops, self.benchmarks = crops, benchmarks
+        loss.to(device, memory_format=torch.channels_last)
         self.student = student.to(device, memory_format=torch.channels_last)
         self.teachers = [net.to(device, memory_format=torch.channels_last) for net in teachers]
         own = set(student.parameters())  # a student that is a slice of its teacher trains the weights of both
@@ -59,7 +61,7 @@ class Trainer:
         self.evaluate = processes.synchronised(self.evaluate)
         if args.compile:
             self.compile()
-        with Interruption() as self.interruption:
+        with Interruption() as self.interruption, memory_kept(self.device):
             batches = iter(make_batches(args, self.crops, self.iteration, self.iterations, self.device.type == "cuda"))
             while len(self.history) < args.epochs and not self.interrupted():
                 if self.train_epoch(batches):

@@ -1,6 +1,7 @@
 """Upscaling in tiles and over orientations, and the way back to an image."""
 from argparse import Namespace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -342,3 +343,17 @@ def test_to_image_clamps_and_rounds(rgb_range):
     assert image.dtype == np.uint8
     assert image.shape == (1, 3, 3)
     assert image.transpose(2, 0, 1).ravel().tolist() == [0, 0, 0, 1, 127, 128, 255, 255, 255]
+
+
+def test_kept_memory_is_given_back_by_the_outermost_alone(monkeypatch):
+    asked = []
+    libc = SimpleNamespace(mallopt=lambda *option: asked.append(option), malloc_trim=lambda _: asked.append("trim"))
+    monkeypatch.setattr(budget.ctypes, "CDLL", lambda _: libc)
+    with budget.memory_kept(torch.device("cpu")):
+        with budget.memory_kept(torch.device("cpu")):
+            pass
+        assert asked == list(budget.KEEP.items())
+    assert asked == [*budget.KEEP.items(), *budget.GIVE_BACK.items(), "trim"]
+    with pytest.raises(KeyError), budget.memory_kept(torch.device("cpu")):
+        raise KeyError
+    assert asked[-1] == "trim" and not budget._keeping

@@ -17,7 +17,8 @@ log = logging.getLogger("sr")
 def frozen(setting, name, make):
     """The network `name` of this run: `make(args)` is called once; no gradients, eval mode, on the run's device."""
     if name not in setting.kept:
-        setting.kept[name] = make(setting.args).eval().requires_grad_(False).to(setting.device)
+        setting.kept[name] = make(setting.args).eval().requires_grad_(False)
+        setting.kept[name].to(setting.device, memory_format=torch.channels_last)
     return setting.kept[name]
 
 
