@@ -2,7 +2,7 @@
 
 python benchmark.py     python benchmark.py --only affinity+san_pooling --sizes 32+48+64 --repeats 9
 
-figure/benchmark.png is the picture of `--only affinity+chop`: how cost grows.
+figure/benchmark.png is the picture of a whole run on two cores: how cost grows.
 """
 import csv
 import io

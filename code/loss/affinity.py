@@ -18,9 +18,9 @@ from loss.step import Term
 
 log = logging.getLogger("sr")
 EPSILON = 1e-8
-# Numbers in a block. 288 x 288 float32 take 0.3 MB: a core's second cache holds a block while it is worked on, and matrix
-# products of that size are as fast as large ones. Several cores share a block. A GPU wants few and large ones.
-BLOCK = 288**2 * torch.get_num_threads()
+# Numbers in a block. 384 x 384 float32 take 0.6 MB: a core's second cache holds a block while it is worked on, and matrix
+# products of that size, a multiple of 16, are as fast as large ones, by one thread or two. A GPU wants few and large ones.
+BLOCK = 384**2
 BLOCK_GPU = 4096**2
 TRIAL = 8, 1999  # images and positions of the maps that decide between blocks and kernel
 
