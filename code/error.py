@@ -1,10 +1,16 @@
 """A user's mistake is answered with one line on stderr and exit status 2, never with a traceback."""
 import os
 import sys
+import time
 from contextlib import contextmanager
 
-
+LAST_WORD = 10  # seconds
 LOST = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL"  # another process, by what was said
+
+
+def is_one_of_several():
+    """Whether this process was started as one of several, by torchrun or --n_GPUs."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_main():
@@ -40,8 +46,9 @@ def run(main):
     except KeyboardInterrupt:  # before training has its own handler, or a second Ctrl-C
         sys.exit(130)
     except RuntimeError as error:
-        if "RANK" in os.environ and any(words in str(error) for words in LOST):
-            sys.exit(1)  # the process that ended has said why, or torchrun does
+        if is_one_of_several() and any(words in str(error) for words in LOST):
+            time.sleep(LAST_WORD)  # the process that ended says why; torchrun, which then ends this one, reports the first
+            sys.exit(1)
         if not str(error).startswith("DataLoader worker"):  # raised by a signal handler of PyTorch's, anywhere
             raise
         sys.exit(fail("a process that loads training data was killed, most likely for want of memory; go on with --resume 1 "

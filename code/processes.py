@@ -16,20 +16,15 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from error import UserError
+from error import UserError, is_one_of_several
 
 PARENT = os.getppid()
 PATIENCE = timedelta(days=1)  # the others wait for the main one while it decodes images or asks a teacher about them
 
 
-def told():
-    """Whether this process was started as one of several, by torchrun or `launch`."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def connect(device_type):
     """Joins the other processes, where there are some."""
-    if told():
+    if is_one_of_several():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
 
 
@@ -89,7 +84,7 @@ def launch(args):
 
 def orphaned():
     """Whether what started the processes ended without them."""
-    return told() and os.getppid() != PARENT
+    return is_one_of_several() and os.getppid() != PARENT
 
 
 def require_divisible(args):

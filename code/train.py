@@ -3,15 +3,15 @@ import logging
 import os
 
 import option
-from error import UserError, is_main, run
+from error import UserError, is_main, is_one_of_several, run
 
 
 def main():
     args = option.parse()
-    if args.n_GPUs > 1 and "RANK" not in os.environ:
+    if args.n_GPUs > 1 and not is_one_of_several():
         from processes import launch  # noqa: PLC0415
         return launch(args)
-    if "RANK" in os.environ:
+    if is_one_of_several():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come once from each process
     if not is_main():
         os.environ["TQDM_DISABLE"] = "1"  # the main process alone shows bars
