@@ -14,7 +14,7 @@ import time
 from contextlib import closing
 
 import option
-from error import UserError, run, writing
+from system.errors import UserError, run, writing
 
 log = logging.getLogger("sr")
 PATIENCE = 30  # seconds after which a row's rounds are not repeated any more
@@ -33,10 +33,11 @@ convolutions and attention a second, ours; of_ceiling: in parts of what a large 
 
 def main():
     args = parse()
-    from checkpoint import start_logging, write_whole  # noqa: PLC0415 - after the flags: --help should not wait for torch
-    from device import pick_device  # noqa: PLC0415
-    from flops import ceiling  # noqa: PLC0415
-    from plain import COMPARISONS  # noqa: PLC0415
+    from reference import COMPARISONS  # noqa: PLC0415
+    from system.device import pick_device  # noqa: PLC0415
+    from system.files import atomic_write  # noqa: PLC0415 - after the flags: --help should not wait for torch
+    from system.flops import ceiling  # noqa: PLC0415
+    from system.logger import start_logging  # noqa: PLC0415
 
     start_logging()
     unknown = [name for name in args.only or () if name not in COMPARISONS]
@@ -67,8 +68,8 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows((COLUMNS, *rows))
-    write_whole(folder / "benchmark.csv", text.getvalue().encode())
-    write_whole(folder / "benchmark.png", picture(rows))
+    atomic_write(folder / "benchmark.csv", text.getvalue().encode())
+    atomic_write(folder / "benchmark.png", picture(rows))
     log.info("table and picture: %s and benchmark.png", os.path.relpath(folder / "benchmark.csv"))
     return 0
 
@@ -112,9 +113,8 @@ def installed_memory(device):
 def measure(name, size, compare, device, repeats, limit):
     """-> (a row of the table, remarks on it); raises AssertionError where plain and ours disagree."""
     import torch  # noqa: PLC0415
-
-    from flops import ceiling, counter  # noqa: PLC0415
-    from memory import memory_from_shapes  # noqa: PLC0415
+    from system.flops import ceiling, counter  # noqa: PLC0415
+    from system.memory import memory_from_shapes  # noqa: PLC0415
 
     torch.manual_seed(0)
     remarks, error = [], None
@@ -148,7 +148,7 @@ def measure(name, size, compare, device, repeats, limit):
 
 def alternate(ways, device, repeats):
     """[[seconds of each way] of each round]; no round begins after PATIENCE seconds but the first."""
-    from flops import seconds  # noqa: PLC0415
+    from system.flops import seconds  # noqa: PLC0415
 
     start, rounds = time.perf_counter(), []
     while not rounds or (len(rounds) < repeats and time.perf_counter() - start < PATIENCE):

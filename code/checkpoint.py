@@ -2,87 +2,24 @@
 import csv
 import io
 import logging
-import os
-import sys
-from logging.handlers import MemoryHandler
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
-
-from error import UserError, is_main
 from model import save_header
 from model.loading import CheckpointError
 from option import ROOT
+from system.errors import UserError, is_rank_zero
+from system.files import atomic_save, atomic_write, lock
+from system.logger import log_to
 
 log = logging.getLogger("sr")
 OWN_FILES = "state.pt", "config.txt", "log.txt", "metrics.csv", "loss.csv", "loss_*.png", "psnr_*.png", "model/model_*.pt"
 NOT_OF_THE_RUN = "given", "resume", "reset"  # flags that say nothing about what is computed
 
 
-def write_whole(path, data):
-    """Writes bytes to path by way of a file beside it: after a crash the old file is there, or the new one."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror or error})") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_whole(content, path):
-    """torch.save by way of `write_whole`."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_whole(path, buffer.getbuffer())
-
-
 def save_model(net, path):
     """Saves the weights with the header from which `load_model` builds the network; of a channel slice the whole network."""
     net = getattr(net, "whole", net)
-    save_whole({**save_header(net), "params": net.state_dict()}, path)
-
-
-def start_logging():
-    """Sends the log to the terminal, past any progress bar, and keeps it for the file of `log_to`."""
-    log.setLevel(logging.INFO if is_main() else logging.CRITICAL)
-    log.propagate = False
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
-    log.addHandler(_Terminal())
-    log.addHandler(MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
-
-
-def log_to(path):
-    """Appends the log to a file as well, from what was said before the file was there."""
-    file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    for handler in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
-        handler.setTarget(file)
-        handler.flush()
-        log.removeHandler(handler)
-    log.addHandler(file)
-
-
-class _Terminal(logging.Handler):
-    def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
-
-
-def note_failure(error):
-    """Writes the error that ends a run to its log file; the terminal gets it from `error.run`."""
-    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "error: %s", (error,), None)
-    for handler in log.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.emit(record)
+    atomic_save({**save_header(net), "params": net.state_dict()}, path)
 
 
 class Experiment:
@@ -104,11 +41,12 @@ class Experiment:
 
     def begin(self):
         """Takes the folder: makes it, locks it against a second run, removes what --reset replaces, starts the log."""
-        if not is_main():
+        if not is_rank_zero():
             return
         try:
             (self.folder / "model").mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.folder / ".lock")
+            self.lock = lock(self.folder / ".lock", f"{self.folder}: another run is writing there; wait for it, or give "
+                             "another --ckp_dir")
             if self.args.reset:
                 for pattern in OWN_FILES:
                     for file in self.folder.glob(pattern):
@@ -139,10 +77,10 @@ class Experiment:
             for name, value in config.items():
                 if name in before and before[name] != str(value):
                     log.info("continues with --%s %s (was %s)", name, value, before[name])
-        write_whole(path, text.encode())
+        atomic_write(path, text.encode())
 
     def save_state(self, state):
-        save_whole(state, self.folder / "state.pt")
+        atomic_save(state, self.folder / "state.pt")
 
     def save_models(self, net, is_best, epoch):
         names = ["model_latest.pt"] + ["model_best.pt"] * is_best + [f"model_{epoch}.pt"] * self.args.save_models
@@ -165,7 +103,7 @@ class Experiment:
                 writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
-                write_whole(self.folder / name, text.getvalue().encode())
+                atomic_write(self.folder / name, text.getvalue().encode())
         self._plot(history)
 
     def _plot(self, history):
@@ -177,24 +115,11 @@ class Experiment:
             for curve, value in points.items():
                 curves.setdefault(curve, []).append((row["epoch"], value))
         for (name, label), points in curves.items():
-            write_whole(self.folder / f"{name}.png", draw_curve(points, label))
+            atomic_write(self.folder / f"{name}.png", draw_curve(points, label))
 
 
 def with_total(losses):
     return {"total": sum(losses.values()), **losses}
-
-
-def lock(path):
-    """An open file whose lock no other process holds; it ends with the process. Raises UserError where one does."""
-    file = path.open("w")
-    try:
-        import fcntl  # noqa: PLC0415 - not on every system; where it is missing nothing is locked
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path.parent}: another run is writing there; wait for it, or give another --ckp_dir") from None
-    except (ImportError, OSError):  # some network file systems know no locks
-        pass
-    return file
 
 
 def draw_curve(points, label):

@@ -8,9 +8,8 @@ import logging
 import os
 
 import numpy as np
-
 import option
-from error import UserError, run, writing
+from system.errors import UserError, run, writing
 
 log = logging.getLogger("sr")
 CROP = 96  # HR pixels a side
@@ -20,9 +19,10 @@ COLUMNS = "network", "dataset", "psnr", "ssim", "parameters", "ms_per_image"
 def main():
     args = option.parse(training=False)
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
-    from checkpoint import start_logging, write_whole  # noqa: PLC0415
     from data import make_benchmarks  # noqa: PLC0415
-    from device import pick_device  # noqa: PLC0415
+    from system.device import pick_device  # noqa: PLC0415
+    from system.files import atomic_write  # noqa: PLC0415
+    from system.logger import start_logging  # noqa: PLC0415
 
     start_logging()
     nets = load(args)
@@ -51,8 +51,8 @@ def main():
 
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows((COLUMNS, *rows))
-    write_whole(folder / "compare.csv", text.getvalue().encode())
-    write_whole(folder / "compare.png", picture(benchmarks[0], ways))
+    atomic_write(folder / "compare.csv", text.getvalue().encode())
+    atomic_write(folder / "compare.png", picture(benchmarks[0], ways))
     log.info("table and picture: %s and compare.png", os.path.relpath(folder / "compare.csv"))
     return 0
 

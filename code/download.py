@@ -21,9 +21,9 @@ from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
-import error
-from error import UserError
 from option import ROOT, Parser, home_path
+from system import errors
+from system.errors import UserError
 
 try:
     from tqdm import tqdm
@@ -492,4 +492,4 @@ def with_hint(message, hint):
 
 
 if __name__ == "__main__":
-    error.run(main)
+    errors.run(main)

@@ -5,11 +5,11 @@ import os
 import re
 import sys
 
-import error
 from download import fetch, writing
-from error import UserError
 from option import ROOT, Parser, home_path
-from released import JUDGES, RELEASED
+from released import LOSS_NETWORKS, RELEASED
+from system import errors
+from system.errors import UserError
 
 log = logging.getLogger(__name__)
 VARIABLE = "TEACHER_URL"
@@ -46,7 +46,7 @@ def check(release, path):
     from model import load_model  # noqa: PLC0415 - --help and the list of names should not wait for torch
     from model.loading import CheckpointError, read_checkpoint  # noqa: PLC0415
 
-    if release in JUDGES:
+    if release in LOSS_NETWORKS:
         if release.name == "vgg19" and "features.0.weight" not in read_checkpoint(path)[1]:
             raise CheckpointError(f"{path}: holds no features.0.weight")
         return release.name
@@ -90,9 +90,9 @@ def main(argv=None):
         try:
             log.info("%s", provide(RELEASED[name], args.dir))
         except UserError as problem:
-            status = error.fail(problem)
+            status = errors.fail(problem)
     return status
 
 
 if __name__ == "__main__":
-    error.run(main)
+    errors.run(main)

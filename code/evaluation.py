@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryFile
 
+import inference
 import numpy as np
 import torch
-from tqdm import tqdm
-
-import inference
-import processes
 from data import degrade
 from data.image import write_image
-from device import autocast
-from error import UserError, writing
 from metric import psnr, ssim
+from system import distributed
+from system.device import autocast
+from system.errors import UserError, writing
+from tqdm import tqdm
 
 
 @dataclass
@@ -53,7 +52,7 @@ def score(upscale, images, writer=None, stop=lambda: False):
     psnrs, ssims, seconds, stopped = [], [], 0.0, 0
     if writer:
         writer.prepare(images)
-    share = range(processes.rank(), len(images), processes.count())
+    share = range(distributed.rank(), len(images), distributed.world_size())
     for index in tqdm(share, f"testing {images.name}", unit="image", leave=False,
                       mininterval=0.1 if sys.stderr.isatty() else 30):
         stopped = int(stop())
@@ -72,9 +71,9 @@ def score(upscale, images, writer=None, stop=lambda: False):
                 raise UserError(f"{pair.hr}: {error}") from None
         if writer:
             writer.write(images, index, pair.name, sr, lr, hr)
-    if processes.largest(stopped):
+    if distributed.all_reduce_max(stopped):
         return None
-    scored, *sums, seconds = processes.total([len(psnrs), sum(psnrs), sum(ssims), seconds])
+    scored, *sums, seconds = distributed.all_reduce_sum([len(psnrs), sum(psnrs), sum(ssims), seconds])
     psnr_mean, ssim_mean = (value / scored if scored else None for value in sums)
     return Score(images.name, len(images), psnr_mean, ssim_mean, seconds / len(images))
 

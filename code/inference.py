@@ -5,12 +5,11 @@ from itertools import product
 from operator import itemgetter
 
 import torch
-
-import budget
-from error import UserError
+from system import memory_budget
+from system.errors import UserError
 
 log = logging.getLogger("sr")
-GLOBAL_HALO = 32  # LR pixels around a tile for networks that look at the whole image; more changes little (README)
+GLOBAL_TILE_PAD = 32  # LR pixels around a tile for networks that look at the whole image; more changes little (README)
 
 
 @torch.no_grad()
@@ -35,38 +34,38 @@ def ensemble(forward, lr):
 
 
 @torch.no_grad()
-def chop(net, lr, tile=None, halo=None, memory=None):
+def chop(net, lr, tile=None, tile_pad=None, memory=None):
     """The forward of a large image in tiles; memory beyond input and output does not grow with the image.
 
     lr: N x 3 x H x W -> sr: N x 3 x sH x sW on lr's device, which need not be the network's. What is computed at once takes
     at most `memory` bytes: of the cuts into tiles that keep to that, the one that computes the fewest pixels is taken, and
-    what fits is not cut. A tile is computed with `halo` LR pixels around it, by default the network's receptive field, and
+    what fits is not cut. A tile is computed with `tile_pad` LR pixels around it, by default the receptive field, and
     the result is that of the whole image; the default memory is then half of what is free. For networks that look at the
     whole image the result is an approximation that depends on the tiles, so their default memory is the same everywhere,
     1 GB. Tiles start at multiples of the network's window.
 
     `tile` says the distance of tiles in LR pixels, in place of the memory. Raises UserError where `memory` does not hold the
-    smallest tile, as wide as one halo. A GPU that runs out of memory all the same gets smaller tiles.
+    smallest tile, as wide as one tile_pad. A GPU that runs out of memory all the same gets smaller tiles.
     """
     device, align = next(net.parameters()).device, net.window
-    halo = _up((net.receptive_field or GLOBAL_HALO) if halo is None else halo, align)
+    tile_pad = _up((net.receptive_field or GLOBAL_TILE_PAD) if tile_pad is None else tile_pad, align)
     sr = lr.new_empty(lr.shape[0], 3, lr.shape[2] * net.scale, lr.shape[3] * net.scale)
     if tile:
-        return _fill(sr, net, lr, *(_spans(size, _up(tile, align), halo, align) for size in lr.shape[2:]))
-    limit = budget.PROBE**2  # of images no larger, finding out would cost as much as the result
+        return _fill(sr, net, lr, *(_spans(size, _up(tile, align), tile_pad, align) for size in lr.shape[2:]))
+    limit = memory_budget.PROBE**2  # of images no larger, finding out would cost as much as the result
     if memory or _up(lr.shape[2], align) * _up(lr.shape[3], align) > limit:
-        limit = budget.pixels_at_once(net, device, memory or budget.default_memory(net, device))
-    area, rows, columns = _cheapest(*lr.shape[2:], halo, align, limit)
+        limit = memory_budget.pixels_at_once(net, device, memory or memory_budget.default_memory(net, device))
+    area, rows, columns = _cheapest(*lr.shape[2:], tile_pad, align, limit)
     if memory and area > limit:
         raise UserError(f"--chop_mem {memory / 1e9:g}: the smallest tile of this network takes about "
-                        f"{budget.memory_of(net, device, area) / 1e9:.2g} GB; give more")
+                        f"{memory_budget.memory_of(net, device, area) / 1e9:.2g} GB; give more")
     while True:
         try:
-            with budget.memory_kept(device):
+            with memory_budget.memory_kept(device):
                 return _fill(sr, net, lr, rows, columns, max(1, limit // area))
         except torch.OutOfMemoryError:
             limit, before = area // 2, area
-            area, rows, columns = _cheapest(*lr.shape[2:], halo, align, limit)
+            area, rows, columns = _cheapest(*lr.shape[2:], tile_pad, align, limit)
             if area >= before:
                 raise
             log.info("out of memory: going on with tiles of %d LR pixels in place of %d", area, before)
@@ -92,38 +91,38 @@ def _fill(sr, net, lr, rows, columns, batch=1):
     return sr
 
 
-def _cheapest(height, width, halo, align, limit):
+def _cheapest(height, width, tile_pad, align, limit):
     """The cut that computes the fewest pixels, of those whose tiles have at most `limit` with their halos, else the finest.
 
-    -> (pixels of a tile with its halo, spans of the rows, spans of the columns).
+    -> (pixels of a tile with its tile_pad, spans of the rows, spans of the columns).
     """
-    rows, columns = _cuts(height, halo, align), _cuts(width, halo, align)
+    rows, columns = _cuts(height, tile_pad, align), _cuts(width, tile_pad, align)
     fitting = [cut for cut in product(rows, columns) if cut[0][1] * cut[1][1] <= limit]
     finest = [min(cuts, key=itemgetter(1)) for cuts in (rows, columns)]
     (_, tall, rows), (_, wide, columns) = min(fitting, key=lambda cut: cut[0][0] * cut[1][0], default=finest)
     return tall * wide, rows, columns
 
 
-def _cuts(size, halo, align):
+def _cuts(size, tile_pad, align):
     """Ways to cut 0..size: [(pixels computed in all, pixels computed at once, spans)]; 1 tile is the first of them."""
-    numbers = range(1, max(1, (size - 2 * halo) // max(halo, align)) + 1)
-    tiles = dict.fromkeys(max(align, _up(-(-(size - 2 * halo) // number), align)) for number in numbers)
-    cuts = [_spans(size, tile, halo, align) for tile in tiles]
+    numbers = range(1, max(1, (size - 2 * tile_pad) // max(tile_pad, align)) + 1)
+    tiles = dict.fromkeys(max(align, _up(-(-(size - 2 * tile_pad) // number), align)) for number in numbers)
+    cuts = [_spans(size, tile, tile_pad, align) for tile in tiles]
     windows = [_up(max(stop - first for _, _, first, stop in spans), align) for spans in cuts]
     return [(len(spans) * window, window, spans) for spans, window in zip(cuts, windows)]
 
 
-def _spans(size, tile, halo, align):
-    """Cuts 0..size into tiles at distances of `tile` -> [(start, stop, first pixel with the halo, stop with the halo)].
+def _spans(size, tile, tile_pad, align):
+    """Cuts 0..size into tiles at distances of `tile` -> [(start, stop, padded start, padded stop)].
 
-    All are computed on equally many pixels, padding included: those at the border have their halo on one side only, and so
+    All are computed on equally many pixels, padding included: those at the border have padding on one side only, and so
     are larger themselves.
     """
-    number = max(1, -(-(size - 2 * halo) // tile))
-    window = tile + 2 * halo if number > 1 else size
+    number = max(1, -(-(size - 2 * tile_pad) // tile))
+    window = tile + 2 * tile_pad if number > 1 else size
     spans = []
     for n in range(number):
-        start, stop = n and n * tile + halo, size if n == number - 1 else (n + 1) * tile + halo
+        start, stop = n and n * tile + tile_pad, size if n == number - 1 else (n + 1) * tile + tile_pad
         first = min(n * tile, _up(max(0, size - window), align))
         spans.append((start, stop, first, min(size, first + window)))
     return spans

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from error import UserError
+from system.errors import UserError
 from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent

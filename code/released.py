@@ -46,11 +46,11 @@ TEACHERS = [
     *each_scale("RDN", "rdn_x{scale}.pt", "github.com/sanghyun-son/EDSR-PyTorch"),
     *each_scale("IMDN", "IMDN_x{scale}.pth", "github.com/Zheng222/IMDN"),
 ]
-JUDGES = [  # networks that terms of the loss look at images with
+LOSS_NETWORKS = [  # networks that terms of the loss look at images with
     Release("vgg19", (), "vgg19-dcbb9e9d.pth", TORCH_SITE),
     Release("vqgan_f16_1024", (), "vqgan_f16_1024.ckpt", "heibox.uni-heidelberg.de/d/8088892a516d4e3baf92/"),
 ]
-RELEASED = {release.title: release for release in TEACHERS + JUDGES}
+RELEASED = {release.title: release for release in TEACHERS + LOSS_NETWORKS}
 
 # other files that a teacher may be in: FAKD's and BasicSR's, and the small one that was trained here
 ALSO = {

@@ -5,7 +5,7 @@ python summary.py --ckp_path student=A.pt+teacher=B.pt     python summary.py --t
 import logging
 
 import option
-from error import run
+from system.errors import run
 
 log = logging.getLogger("sr")
 WIDTH, HEIGHT = 1280, 720  # of the output, as in the papers
@@ -19,7 +19,7 @@ forward without --chop or gradients in float32; counted, not measured: what kern
 
 def main():
     args = option.parse(training=False)
-    from checkpoint import start_logging  # noqa: PLC0415 - after the flags: --help should not wait for torch
+    from system.logger import start_logging  # noqa: PLC0415 - after the flags: --help should not wait for torch
 
     start_logging()
     rows = [COLUMNS, *(describe(label, net) for label, net in load(args))]
@@ -59,11 +59,10 @@ def field(net):
 def count(net):
     """(FLOPs, peak bytes of the tensors it makes) of one forward, worked out from shapes alone."""
     import torch  # noqa: PLC0415
+    from model.swinir import shift_mask  # noqa: PLC0415
+    from system.memory import LiveMemory  # noqa: PLC0415
     from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415 - not "meta": that has no autocast
     from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
-
-    from memory import LiveMemory  # noqa: PLC0415
-    from model.swinir import shift_mask  # noqa: PLC0415
 
     convolutions, attention, memory = FlopCounterMode(display=False), fused_attention(), LiveMemory()
     shift_mask.cache_clear()

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import option
-from error import UserError, run
+from system.errors import UserError, run
 
 log = logging.getLogger("sr")
 
@@ -12,11 +12,11 @@ log = logging.getLogger("sr")
 def main():
     args = option.parse(training=False)
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
-    from checkpoint import start_logging  # noqa: PLC0415
     from data import make_benchmarks  # noqa: PLC0415
-    from device import pick_device  # noqa: PLC0415
     from model import describe, load_as_told  # noqa: PLC0415
     from model.teachers import teacher_path  # noqa: PLC0415
+    from system.device import pick_device  # noqa: PLC0415
+    from system.logger import start_logging  # noqa: PLC0415
 
     start_logging()
     if not args.ckp_path and args.TS == "S":

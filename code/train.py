@@ -3,34 +3,34 @@ import logging
 import os
 
 import option
-from error import UserError, is_main, is_one_of_several, run
+from system.errors import UserError, is_distributed, is_rank_zero, run
 
 
 def main():
     args = option.parse()
-    if args.n_GPUs > 1 and not is_one_of_several():
-        from processes import launch  # noqa: PLC0415
+    if args.n_GPUs > 1 and not is_distributed():
+        from system.distributed import launch  # noqa: PLC0415
         return launch(args)
-    if is_one_of_several():
+    if is_distributed():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come once from each process
-    if not is_main():
+    if not is_rank_zero():
         os.environ["TQDM_DISABLE"] = "1"  # the main process alone shows bars
-    import torch  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for it
-
     import loss  # noqa: PLC0415
-    import processes  # noqa: PLC0415
-    from checkpoint import Experiment, note_failure, start_logging  # noqa: PLC0415
+    import torch  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for it
+    from checkpoint import Experiment  # noqa: PLC0415
     from data import Crops, make_benchmarks, teacher_cache, views  # noqa: PLC0415
-    from device import pick_device  # noqa: PLC0415
     from model import describe  # noqa: PLC0415
     from model.roles import make_networks, teacher_files  # noqa: PLC0415
+    from system import distributed  # noqa: PLC0415
+    from system.device import pick_device  # noqa: PLC0415
+    from system.logger import log_failure, start_logging  # noqa: PLC0415
     from trainer import Trainer  # noqa: PLC0415
 
     start_logging()
     device = pick_device(args)
-    processes.connect(device.type)
-    with processes.main_one_first():
-        processes.require_divisible(args)
+    distributed.connect(device.type)
+    with distributed.rank_zero_first():
+        distributed.check_batch_divisible(args)
         torch.manual_seed(args.seed)
         student, teachers = make_networks(args, loss.needs_of(args.loss))
         setting = loss.Setting(args, student, teachers, device, views.plan(args))
@@ -45,10 +45,10 @@ def main():
         f"\nteacher: {describe(net)}" for net in teachers), args.loss)
     try:
         status = trainer.fit()
-        processes.disconnect()
+        distributed.disconnect()
         return status
     except UserError as failure:
-        note_failure(failure)
+        log_failure(failure)
         raise
     finally:
         experiment.end()

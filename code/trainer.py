@@ -8,21 +8,20 @@ import time
 from contextlib import nullcontext
 from functools import partial
 
-import torch
-from tqdm import tqdm
-
 import evaluation
-import processes
-from budget import memory_kept
+import torch
 from data import make_batches
 from data.teacher_cache import decode
 from data.views import make_views, together
-from device import autocast
-from error import UserError
 from loss import Output, Step, join
 from loss.consistency import on_perturbed
-from option import Iterations
 from model import describe
+from option import Iterations
+from system import distributed
+from system.device import autocast
+from system.errors import UserError
+from system.memory_budget import memory_kept
+from tqdm import tqdm
 
 log = logging.getLogger("sr")
 
@@ -41,7 +40,7 @@ class Trainer:
                 parameter.requires_grad_(False)
         self.trained = [parameter for parameter in (*student.parameters(), *loss.trained()) if parameter.requires_grad]
         self.optimizer = make_optimizer(args, self.trained)
-        self.evaluate = processes.Computation(self.judge, self.trained)
+        self.evaluate = distributed.Computation(self.judge, self.trained)
         self.compiled = {}
         self.average = copy.deepcopy(student).eval().requires_grad_(False) if args.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "half")
@@ -58,7 +57,7 @@ class Trainer:
         args = self.args
         if len(self.history) == args.epochs:
             log.info("the run is finished: --epochs %d are done", args.epochs)
-        self.evaluate = processes.synchronised(self.evaluate)
+        self.evaluate = distributed.wrap(self.evaluate)
         if args.compile:
             self.compile()
         with Interruption() as self.interruption, memory_kept(self.device):
@@ -74,7 +73,7 @@ class Trainer:
 
     def interrupted(self):
         """The exit status that a signal asks for, the same in all processes, whichever of them it reached; else 0."""
-        return processes.largest(self.interruption.status or (128 + signal.SIGTERM) * processes.orphaned())
+        return distributed.all_reduce_max(self.interruption.status or (128 + signal.SIGTERM) * distributed.launcher_died())
 
     def train_epoch(self, batches):
         """Trains to the end of the epoch, of which a part may be done; False where that was interrupted."""
@@ -133,7 +132,7 @@ class Trainer:
             self.update_average()
         self.loss.update(step)
         self.steps = []
-        return processes.mean(values)
+        return distributed.all_reduce_mean(values)
 
     def judge(self, lr, hr, answers=None):
         """The loss of a batch or a part of one -> (total, the weighted values of its terms); what it saw is in `steps`."""
@@ -196,8 +195,8 @@ class Trainer:
     def compile(self):
         """Compiles the networks (--compile), those which it can: a trial says so."""
         side, needs = self.args.patch_size // self.args.scale, self.loss.needs_on("plain", True)
-        lr = self.to_input(torch.zeros(self.args.batch_size // (processes.count() * self.args.split_batch), 3, side, side,
-                                       device=self.device))
+        images = self.args.batch_size // (distributed.world_size() * self.args.split_batch)
+        lr = self.to_input(torch.zeros(images, 3, side, side, device=self.device))
         for net in (self.student, *self.teachers):
             trained = net is self.student or "teacher_graph" in needs
             self.compiled[net] = torch.compile(net)
@@ -225,7 +224,7 @@ class Trainer:
     def check(self):
         """Ends the run where a term has become NaN or infinite: sums stay so, whenever in the epoch it was."""
         if not torch.isfinite(self.sums).all():
-            if processes.rank():
+            if distributed.rank():
                 sys.exit(2)  # as all do, of which the main one says why
             raise UserError(f"the loss is not finite at iteration {self.iteration}: {self.describe(self.sums)}; what was "
                             f"saved before is in {self.experiment.folder}; try a lower --lr, --gclip, or --precision single")
@@ -246,7 +245,7 @@ class Trainer:
 
     def test_epoch(self):
         """Scores the student, keeps the epoch's record, and saves it all."""
-        if not processes.rank():
+        if not distributed.rank():
             self.check_weights()
         self.student.eval()
         tested = self.average or self.student
@@ -263,7 +262,7 @@ class Trainer:
             loss=dict(zip(self.loss.names, (self.sums / self.args.test_every).tolist())),
             scores={s.dataset: (s.psnr, s.ssim) for s in scores if s.psnr is not None}))
         self.sums.zero_()
-        if processes.rank():
+        if distributed.rank():
             return
         best = {name: max((row["scores"][name][0], -row["epoch"]) for row in self.history if name in row["scores"])
                 for name in self.history[-1]["scores"]}
@@ -281,7 +280,7 @@ class Trainer:
         return dict(network=describe(self.student), loss="+".join(self.loss.names), optimizer=self.args.optimizer)
 
     def save_state(self):
-        if processes.rank():
+        if distributed.rank():
             return
         self.check_weights()
         self.experiment.save_state(dict(

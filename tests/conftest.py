@@ -78,13 +78,13 @@ def run_main(monkeypatch, capsys):
     """run_main('train', '--flag value ...') -> (exit status, its lines on stdout, on stderr), in this process."""
     import importlib  # noqa: PLC0415
 
-    import error  # noqa: PLC0415
+    from system import errors  # noqa: PLC0415
 
     def run(script, line):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *line.split()])
         module = importlib.import_module(script if script != "test" else "test")
         with pytest.raises(SystemExit) as ended:
-            error.run(module.main)
+            errors.run(module.main)
         out, err = capsys.readouterr()
         return ended.value.code, out.splitlines(), [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
     return run

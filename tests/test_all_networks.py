@@ -2,11 +2,10 @@
 import sys
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 import inference
 import option
+import pytest
+import torch
 from checkpoint import save_model
 from loss import Loss, Output, Setting, Step
 from model import NETWORKS, CheckpointError, load_model, make_model
@@ -161,7 +160,7 @@ def test_swinirs_tiles_begin_on_its_windows_and_add_up_to_the_whole_image():
     lr = torch.stack([y, x, 128 + 100 * (y / 7).sin() * (x / 9).cos()])[None]
     starts = []
     handle = net.register_forward_pre_hook(lambda _, inputs: starts.extend(inputs[0][:, :2, 0, 0].tolist()))
-    tiled = inference.chop(net, lr, tile=20, halo=21)
+    tiled = inference.chop(net, lr, tile=20, tile_pad=21)
     handle.remove()
     assert len(starts) > 4 and all(start % 8 == 0 for pair in starts for start in pair)
     with torch.no_grad():

@@ -4,22 +4,20 @@ import subprocess
 import tempfile
 from functools import partial
 
-import numpy as np
-import pytest
-import torch
-from matplotlib.figure import Figure
-from test_scripts import checkout  # noqa: F401 - a fixture
-
 import benchmark
 import data
-import flops
 import inference
-import memory
+import numpy as np
 import option
-import plain
+import pytest
+import reference
+import torch
+from matplotlib.figure import Figure
 from model.edsr import EDSR
-from plain import formula, training
+from reference import formula, training
 from summary import count
+from system import flops, memory
+from test_scripts import checkout  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
 SIZES = {"affinity": 8, "affinity_batch": 8, "san_pooling": 12, "san_forward": 13, "chop": 32, "dukd_step": 32,
@@ -43,12 +41,12 @@ def tiny(monkeypatch, tmp_path):
                             PHOTO=(50, 70), EDSR_SIZES=dict(n_resblocks=1, n_feats=16)))):
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
-    sizes = {name: (compare, (SIZES[name],)) for name, (compare, _) in plain.COMPARISONS.items()}
-    monkeypatch.setattr(plain, "COMPARISONS", sizes)
+    sizes = {name: (compare, (SIZES[name],)) for name, (compare, _) in reference.COMPARISONS.items()}
+    monkeypatch.setattr(reference, "COMPARISONS", sizes)
 
 
 def measure(name, size=None, repeats=1, limit=1e9):
-    return benchmark.measure(name, size or SIZES[name], plain.COMPARISONS[name][0], CPU, repeats, limit)
+    return benchmark.measure(name, size or SIZES[name], reference.COMPARISONS[name][0], CPU, repeats, limit)
 
 
 def table(folder):
@@ -95,7 +93,7 @@ def test_where_only_the_right_result_does_not_fit_ours_is_compared_with_the_plai
 def test_the_rate_is_that_of_the_operations_in_parts_of_the_ceiling(monkeypatch):
     monkeypatch.setattr(flops, "seconds", lambda function, device: 2.0)
     a = torch.rand(16, 16)
-    compare = lambda size, device: plain.Pair("", lambda: (a @ a,), lambda: (a @ a,), 0)  # noqa: E731
+    compare = lambda size, device: reference.Pair("", lambda: (a @ a,), lambda: (a @ a,), 0)  # noqa: E731
     row = dict(zip(benchmark.COLUMNS, benchmark.measure("product", 16, compare, CPU, 1, 1e9)[0]))
     assert float(row["TFLOP/s"]) == pytest.approx(16**3 / 1e12, rel=0.01) and float(row["of_ceiling"]) == 0.12  # 16^3 / 32^3
 

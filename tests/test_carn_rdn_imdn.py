@@ -4,7 +4,6 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN
-
 from model import CheckpointError, load_model, save_header
 from model.carn import CARN, CARN_M, recognise, recognise_m
 from model.imdn import IMDN

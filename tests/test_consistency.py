@@ -1,11 +1,10 @@
 """Label consistency: that the inverse inverts, what is drawn, and what LC compares."""
 import itertools
 
-import pytest
-import torch
-
 import loss
 import option
+import pytest
+import torch
 from loss.consistency import draw, perturb, restore
 
 ALL = torch.tensor(list(itertools.product([False, True], repeat=4)))

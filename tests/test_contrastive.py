@@ -2,20 +2,19 @@
 import json
 from types import SimpleNamespace
 
+import loss
 import numpy as np
+import option
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN
-
-import loss
-import option
 from checkpoint import save_model
-from error import UserError
+from conftest import GOLDEN
 from loss import contrastive, vgg
 from loss.contrastive import contrast_cos, contrast_l1, others_of_the_batch
 from model import load_model
 from model.rcan import RCAN
+from system.errors import UserError
 
 CSD = json.loads((GOLDEN / "losses_and_metrics.json").read_text())["CSD_contrast"]
 SHAPES = (4, 4, 16, 16), (4, 8, 8, 8), (4, 16, 4, 4), (4, 32, 2, 2), (4, 32, 1, 1)
@@ -162,7 +161,7 @@ def test_VGG_is_the_weighted_difference_of_five_levels(make_loss, kept):
 
 def test_T_DS_supervises_the_teacher_until_its_epoch():
     args = SimpleNamespace(t_l_remove=2, test_every=5, width_mult=0.5)
-    term = contrastive.TeachersData(loss.Setting(args, None, []))
+    term = contrastive.TeacherDataSupervision(loss.Setting(args, None, []))
     graph = torch.rand(2, 3, 4, 4, requires_grad=True)
     step = make_step(2, 4, teacher_graph=graph * 1)
     for iteration in range(12):

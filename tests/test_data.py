@@ -5,19 +5,18 @@ import subprocess
 import sys
 import zlib
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-
 import data
 import evaluation
+import numpy as np
 import option
+import pytest
+import torch
 from data import dataset, degrade
 from data.cache import Cache, cache_folder
 from data.image import list_images, read_image, read_photo
 from data.source import find
-from error import UserError
+from PIL import Image
+from system.errors import UserError
 
 CODE = os.path.dirname(option.__file__)
 

@@ -1,17 +1,16 @@
 """DCKD's DCR and DMM: the authors' numbers, the history model, the degradations, and runs that resume exactly."""
 import json
 
+import checkpoint
+import loss
 import numpy as np
+import option
 import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN
-
-import checkpoint
-import loss
-import option
 from checkpoint import save_model
+from conftest import GOLDEN
 from loss import degradation, vqgan
 from loss.contrastive import contrast_l1
 from loss.degradation import degrade

@@ -13,8 +13,8 @@ import download
 import numpy as np
 import pytest
 from download import fetch, unpack
-from error import UserError
 from imageio.v2 import imwrite
+from system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = "Set5", "Set14", "B100", "Urban100"

@@ -4,11 +4,10 @@ import hashlib
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import pytest
-import torch
-
 import model.teachers
 import option
+import pytest
+import torch
 from checkpoint import save_model
 from model import CheckpointError
 from model.carn import CARN_M
@@ -17,7 +16,7 @@ from model.rcan import RCAN
 from model.roles import make_teachers
 from model.swinir import SwinIR
 from model.teachers import find_teacher
-from released import EDSR_SITE, JUDGES, RELEASED, TEACHERS, Release
+from released import EDSR_SITE, LOSS_NETWORKS, RELEASED, TEACHERS, Release
 
 SWINIR_X2 = RELEASED["SwinIR_x2"].file
 
@@ -172,4 +171,4 @@ def test_a_teacher_of_several_scales_is_loaded_at_the_students(tmp_path, monkeyp
 
 
 def test_titles_and_files_are_unique():
-    assert len(RELEASED) == len({release.file for release in RELEASED.values()}) == len(TEACHERS + JUDGES)
+    assert len(RELEASED) == len({release.file for release in RELEASED.values()}) == len(TEACHERS + LOSS_NETWORKS)

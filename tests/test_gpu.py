@@ -1,10 +1,9 @@
 """What only a GPU shows; skipped where there is none."""
 import pytest
 import torch
-from test_processes import CASES, make_small, make_trainer
-
 from checkpoint import save_model
 from model.edsr import EDSR
+from test_distributed import CASES, make_small, make_trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 

@@ -3,19 +3,18 @@ from argparse import Namespace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import evaluation
+import inference
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-import budget
-import evaluation
-import inference
-from error import UserError
-from memory import peak_memory
 from model.edsr import EDSR
 from model.rcan import RCAN
 from model.swinir import SwinIR
+from system import memory_budget
+from system.errors import UserError
+from system.memory import peak_memory
+from torch import nn
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +63,7 @@ def test_tiles_of_a_finite_network_make_the_whole_image(edsr, size, tile):
 def test_tiles_with_too_small_a_halo_do_not(edsr):
     lr = 255 * torch.rand(1, 3, 20, 33)
     with torch.no_grad():
-        assert (inference.chop(edsr, lr, tile=7, halo=2) - edsr(lr)).abs().max() > 0.02
+        assert (inference.chop(edsr, lr, tile=7, tile_pad=2) - edsr(lr)).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("n_resblocks, scale", [(1, 2), (3, 3), (2, 4), (1, 8)])
@@ -84,13 +83,13 @@ def test_tiles_of_a_network_that_sees_everything_come_close():
     assert 0 < (whole - tiled).abs().max() < 1
 
 
-@pytest.mark.parametrize("tile, halo", [(None, None), (5, 0), (5, 2), (16, 3), (1, 1), (100, 9)])
+@pytest.mark.parametrize("tile, tile_pad", [(None, None), (5, 0), (5, 2), (16, 3), (1, 1), (100, 9)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (37, 23), (40, 16)])
 @pytest.mark.parametrize("window", [1, 8])
-def test_every_pixel_is_written_from_its_own_place(monkeypatch, size, tile, halo, window):
+def test_every_pixel_is_written_from_its_own_place(monkeypatch, size, tile, tile_pad, window):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, torch.nan))
     net, lr = Nearest(window), places(*size)
-    assert torch.equal(inference.chop(net, lr, tile, halo), net(lr))
+    assert torch.equal(inference.chop(net, lr, tile, tile_pad), net(lr))
 
 
 def test_images_of_a_batch_keep_apart():
@@ -111,12 +110,12 @@ def test_images_of_a_batch_are_computed_together_where_they_fit(size, window, re
 
 def memory_of(net, pixels):
     """Bytes that LR pixels of the network take, and half a pixel for the rounding."""
-    return budget.memory_of(net, torch.device("cpu"), pixels + 0.5)
+    return memory_budget.memory_of(net, torch.device("cpu"), pixels + 0.5)
 
 
 def tiles_of(net):
     """What a Nearest got but for the two images that find out how much memory it takes."""
-    assert [x.shape[2] for x in net.inputs[:2]] == [8, budget.PROBE]
+    assert [x.shape[2] for x in net.inputs[:2]] == [8, memory_budget.PROBE]
     return net.inputs[2:]
 
 
@@ -172,17 +171,17 @@ def test_a_network_is_measured_once_for_each_precision(edsr):
     small = Nearest()
     inference.chop(small, lr[..., :9, :9])
     assert len(small.inputs) == 1
-    single = budget.bytes_per_pixel(edsr, torch.device("cpu"))
+    single = memory_budget.bytes_per_pixel(edsr, torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert budget.bytes_per_pixel(edsr, torch.device("cpu")) < single  # the maps, not the image
-    assert budget.bytes_per_pixel(edsr, torch.device("cpu")) == single
+        assert memory_budget.bytes_per_pixel(edsr, torch.device("cpu")) < single  # the maps, not the image
+    assert memory_budget.bytes_per_pixel(edsr, torch.device("cpu")) == single
 
 
 def test_weights_do_not_count_as_memory_of_pixels():
     taken = []
     for n_resblocks in (1, 40):
         with torch.autocast("cpu", torch.bfloat16):
-            taken.append(budget.bytes_per_pixel(EDSR(2, n_resblocks, n_feats=32).eval(), torch.device("cpu")))
+            taken.append(memory_budget.bytes_per_pixel(EDSR(2, n_resblocks, n_feats=32).eval(), torch.device("cpu")))
     assert taken[1] <= 1.3 * taken[0]
 
 
@@ -192,11 +191,11 @@ def test_memory_that_holds_no_tile_gets_one_line(edsr):
 
 
 def test_the_default_is_half_of_what_is_free_but_for_networks_that_look_at_the_whole_image(monkeypatch):
-    monkeypatch.setattr(budget, "free_memory", lambda device: 6e9)
+    monkeypatch.setattr(memory_budget, "free_memory", lambda device: 6e9)
     cpu = torch.device("cpu")
-    assert budget.default_memory(Nearest(), cpu) == 3e9
-    assert budget.default_memory(Nearest(receptive_field=None), cpu) == 1e9
-    monkeypatch.setattr(budget, "free_memory", lambda device: 0)
+    assert memory_budget.default_memory(Nearest(), cpu) == 3e9
+    assert memory_budget.default_memory(Nearest(receptive_field=None), cpu) == 1e9
+    monkeypatch.setattr(memory_budget, "free_memory", lambda device: 0)
     assert inference.chop(Nearest(), torch.rand(1, 3, 50, 50)).shape == (1, 3, 100, 100)
 
 
@@ -210,21 +209,21 @@ def test_free_memory_is_what_the_system_and_the_container_leave(monkeypatch, tmp
     for name, text in {**files, **({"stat": "anon 5\ninactive_file 300000\nactive_file 7\n"} if files else {})}.items():
         (tmp_path / f"memory.{name}").write_text(text + "\n")
     (tmp_path / "meminfo").write_text(MEMINFO)
-    monkeypatch.setattr(budget, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(budget, "CGROUP", tmp_path)
-    assert budget.free_memory(torch.device("cpu")) == free
+    monkeypatch.setattr(memory_budget, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory_budget, "CGROUP", tmp_path)
+    assert memory_budget.free_memory(torch.device("cpu")) == free
 
 
 def test_free_memory_of_a_gpu_is_the_systems_and_what_the_allocator_holds_back(monkeypatch):
     for name, value in (("mem_get_info", (7000, 9000)), ("memory_reserved", 500), ("memory_allocated", 200)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert budget.free_memory(torch.device("cuda")) == 7300
+    assert memory_budget.free_memory(torch.device("cuda")) == 7300
 
 
 def test_free_memory_is_half_of_the_machine_where_no_file_says(monkeypatch, tmp_path):
-    monkeypatch.setattr(budget, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(budget.os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
-    assert budget.free_memory(torch.device("cpu")) == 2048000
+    monkeypatch.setattr(memory_budget, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory_budget.os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
+    assert memory_budget.free_memory(torch.device("cpu")) == 2048000
 
 
 def test_the_c_library_keeps_memory_only_while_tiles_are_computed(monkeypatch):
@@ -242,10 +241,10 @@ def test_the_c_library_keeps_memory_only_while_tiles_are_computed(monkeypatch):
             calls.append("forward")
             return super().forward(x)
 
-    monkeypatch.setattr(budget.ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr(memory_budget.ctypes, "CDLL", lambda name: Library())
     inference.chop(Watching(), torch.rand(1, 3, 9, 9))
-    assert calls == [*budget.KEEP.items(), "forward", *budget.GIVE_BACK.items(), "trim"]
-    monkeypatch.setattr(budget.ctypes, "CDLL", lambda name: object())  # another C library
+    assert calls == [*memory_budget.KEEP.items(), "forward", *memory_budget.GIVE_BACK.items(), "trim"]
+    monkeypatch.setattr(memory_budget.ctypes, "CDLL", lambda name: object())  # another C library
     assert inference.chop(Nearest(), torch.rand(1, 3, 9, 9)).shape == (1, 3, 18, 18)
 
 
@@ -269,7 +268,7 @@ def test_out_of_memory_makes_tiles_smaller(caplog):
 @pytest.mark.parametrize("size", [(100, 61), (64, 64), (7, 130)])
 def test_tiles_start_on_the_grid_of_windows(size):
     net = Nearest(window=8)
-    inference.chop(net, places(*size), tile=17, halo=5)
+    inference.chop(net, places(*size), tile=17, tile_pad=5)
     starts = torch.cat([x[:, :2, 0, 0] for x in net.inputs])
     assert len(starts) > 3
     assert not starts.remainder(8).any()
@@ -278,7 +277,7 @@ def test_tiles_start_on_the_grid_of_windows(size):
 @pytest.mark.parametrize("window", [1, 8])
 def test_a_tile_has_its_halo_unless_the_image_ends(window):
     net = Nearest(window)
-    inference.chop(net, places(70, 90), tile=20, halo=6)
+    inference.chop(net, places(70, 90), tile=20, tile_pad=6)
     columns = sorted({(int(x[1, 0, 0]), int(x[1, 0, -1])) for batch in net.inputs for x in batch})
     assert columns[0][0] == 0
     assert columns[-1][1] == 89
@@ -329,7 +328,8 @@ def test_an_image_is_held_once_as_numbers_beside_the_tiles(chop_mem):
     sr, peak = peak_memory(lambda: upscale(image), torch.device("cpu"))
     assert np.array_equal(sr, image.repeat(2, 0).repeat(2, 1)) and sr.flags.c_contiguous
     areas = [x.shape[2] * x.shape[3] for x in tiles_of(net)]
-    assert (max(areas) <= chop_mem * 1e9 / budget.memory_of(net, torch.device("cpu"), 1)) if chop_mem else len(areas) == 1
+    most = chop_mem and chop_mem * 1e9 / memory_budget.memory_of(net, torch.device("cpu"), 1)
+    assert max(areas) <= most if chop_mem else len(areas) == 1
     assert not chop_mem or peak < 9 * sr.nbytes  # 4 of them are its floats, 2 its input and what Nearest keeps
 
 
@@ -348,12 +348,12 @@ def test_to_image_clamps_and_rounds(rgb_range):
 def test_kept_memory_is_given_back_by_the_outermost_alone(monkeypatch):
     asked = []
     libc = SimpleNamespace(mallopt=lambda *option: asked.append(option), malloc_trim=lambda _: asked.append("trim"))
-    monkeypatch.setattr(budget.ctypes, "CDLL", lambda _: libc)
-    with budget.memory_kept(torch.device("cpu")):
-        with budget.memory_kept(torch.device("cpu")):
+    monkeypatch.setattr(memory_budget.ctypes, "CDLL", lambda _: libc)
+    with memory_budget.memory_kept(torch.device("cpu")):
+        with memory_budget.memory_kept(torch.device("cpu")):
             pass
-        assert asked == list(budget.KEEP.items())
-    assert asked == [*budget.KEEP.items(), *budget.GIVE_BACK.items(), "trim"]
-    with pytest.raises(KeyError), budget.memory_kept(torch.device("cpu")):
+        assert asked == list(memory_budget.KEEP.items())
+    assert asked == [*memory_budget.KEEP.items(), *memory_budget.GIVE_BACK.items(), "trim"]
+    with pytest.raises(KeyError), memory_budget.memory_kept(torch.device("cpu")):
         raise KeyError
-    assert asked[-1] == "trim" and not budget._keeping
+    assert asked[-1] == "trim" and not memory_budget._keeping

@@ -3,18 +3,17 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 import model
 import option
+import pytest
+import torch
 from checkpoint import save_model
-from error import UserError
 from model import CheckpointError, load_as_told, load_model, make_model, roles, teachers
 from model.edsr import EDSR
 from model.loading import read_checkpoint
 from model.rcan import RCAN
 from released import files_of
+from system.errors import UserError
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import numpy as np
 import pytest
 from conftest import GOLDEN
-
 from metric import psnr, ssim
 
 EXPECTED = json.loads((GOLDEN / "losses_and_metrics.json").read_text())["metrics"]

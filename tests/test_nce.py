@@ -3,15 +3,14 @@ import json
 import math
 from types import SimpleNamespace
 
+import loss
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN
-
-import loss
-from error import UserError
 from loss.nce import crop, draw_places, info_nce
+from system.errors import UserError
 
 MCADKD = json.loads((GOLDEN / "losses_and_metrics.json").read_text())["MCADKD"]
 

@@ -2,11 +2,10 @@
 import subprocess
 import sys
 
+import option
 import pytest
 from conftest import ROOT
-
-import option
-from error import UserError
+from system.errors import UserError
 
 PUBLISHED_TRAINING = (
     "--ckp_dir overall_distilation/rcan/SA_x4/ --scale 4 --teacher [RCAN] --model RCAN --alpha 0.5 --feature_loss_used 1 "

@@ -3,12 +3,11 @@ import json
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from conftest import GOLDEN, golden_parameters
 from model import NETWORKS, load_model, san
 from model.san import SAN, NonLocal, SecondOrderAttention
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 UNUSED = ("conv_last.", ".gamma", "non_local.soca.")  # the first of the network only: see SAN
 
@@ -45,7 +44,7 @@ def test_has_the_published_number_of_parameters(scale, groups, blocks, millions)
 
 def test_taps_are_those_of_fakd():
     with torch.device("meta"):
-        assert [SAN(2, groups, 1).taps for groups in (20, 6, 1)] == [(7, 14), (2, 4), (1, 1)]
+        assert [SAN(2, groups, 1).feature_layers for groups in (20, 6, 1)] == [(7, 14), (2, 4), (1, 1)]
 
 
 def test_middle_maps_are_what_the_next_group_takes():

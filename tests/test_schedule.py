@@ -1,9 +1,8 @@
 """The learning rate as a function of the iteration: steps by epochs and by iterations, cosine, warm-up."""
 import math
 
-import pytest
-
 import option
+import pytest
 from trainer import learning_rate
 
 

@@ -1,10 +1,9 @@
 """Mistakes and names in test.py and compare.py, and a loading process that is killed."""
 import pytest
 import torch
-
-import error
 from checkpoint import save_model
 from model.edsr import EDSR
+from system import errors
 
 
 @pytest.fixture
@@ -68,5 +67,5 @@ def test_a_killed_worker_is_one_line(capsys):
     def main():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     with pytest.raises(SystemExit) as ended:
-        error.run(main)
+        errors.run(main)
     assert ended.value.code == 2 and "--n_threads" in capsys.readouterr().err

@@ -1,12 +1,11 @@
 """Channel slices: against CSD's own outputs, over the networks, and as students that share their teacher's weights."""
 import pytest
 import torch
-from test_training import SIZES, assert_same_weights, flags  # noqa: F401 - a fixture
-
 from checkpoint import save_model
-from error import UserError
 from model import NETWORKS, inherit, load_model, slim
 from model.slicing import evenly, narrow_twin
+from system.errors import UserError
+from test_training import SIZES, assert_same_weights, flags  # noqa: F401 - a fixture
 
 NETS = {
     "EDSR": dict(n_resblocks=2, n_feats=16),

@@ -1,19 +1,18 @@
 """What networks are said to cost, against published counts, real tensors and formulas."""
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 import option
+import pytest
 import summary
+import torch
 from checkpoint import save_model
-from memory import LiveMemory
 from model import make_model
 from model.carn import CARN_M
 from model.edsr import EDSR
 from model.rcan import RCAN
 from model.san import SAN
 from model.swinir import SwinIR
+from system.memory import LiveMemory
 
 
 @pytest.mark.parametrize("template, multiply_adds", [  # G, of 1280 x 720 at x2: CARN's, RDN's and IMDN's papers

@@ -1,7 +1,6 @@
 """SwinIR against the authors' own outputs, for every head that they released."""
 import pytest
 import torch
-
 from model import load_model, swinir
 from model.swinir import SwinIR
 

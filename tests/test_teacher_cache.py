@@ -1,13 +1,11 @@
 """A teacher asked once: what is kept, what the crops give, that it is not run in the loop, what a broken build leaves."""
 import shutil
 
+import data
 import numpy as np
+import option
 import pytest
 import torch
-from test_training import TINY, rows, teacher  # noqa: F401 - a fixture
-
-import data
-import option
 from checkpoint import save_model
 from data import Crops, teacher_cache
 from data.dataset import orient
@@ -15,6 +13,7 @@ from data.teacher_cache import decode, encode
 from inference import chop
 from model import load_model
 from model.edsr import EDSR
+from test_training import TINY, rows, teacher  # noqa: F401 - a fixture
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
-
 from checkpoint import save_model
+from conftest import ROOT
 from model import load_model
 from model.edsr import EDSR
 from model.rcan import RCAN
@@ -209,9 +208,9 @@ def test_a_run_that_cannot_start_leaves_the_old_one_alone(run_main, flags, tmp_p
 
 
 def test_two_runs_do_not_share_a_folder(run_main, flags, tmp_path):
-    from checkpoint import lock  # noqa: PLC0415
+    from system.files import lock  # noqa: PLC0415
     (tmp_path / "run").mkdir()
-    with lock(tmp_path / "run" / ".lock"):
+    with lock(tmp_path / "run" / ".lock", "held"):
         status, _, err = run_main("train", flags + "--loss 1*DS --epochs 1 --test_every 1")
     assert status == 2 and "another run is writing there" in err[-1]
 

@@ -3,16 +3,15 @@ import collections
 import pickle
 import re
 
+import loss
+import option
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import golden_parameters
-
-import loss
-import option
-from error import UserError
 from loss import frozen, vgg, vqgan
 from model.loading import CheckpointError
+from system.errors import UserError
 
 CONVOLUTIONS = 0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34  # torchvision's vgg19
 

@@ -1,22 +1,21 @@
 """Views of a batch, label consistency on the student's side, and the step that sums them, against DUKD's plain way."""
 import csv
 
+import loss
 import numpy as np
+import option
 import pytest
 import torch
-from conftest import ROOT
-from plain.dukd import make_trainer, plain_loss, plain_views, two_ways
-from test_training import assert_same_weights, flags, teacher  # noqa: F401 - fixtures
-
-import loss
-import option
 from checkpoint import save_model
+from conftest import ROOT
 from data import degrade
 from data.views import View, make_views, plan, together
-from error import UserError
 from loss.consistency import draw, on_perturbed
 from model.edsr import EDSR
 from model.rcan import RCAN
+from reference.dukd import make_trainer, plain_loss, plain_views, two_ways
+from system.errors import UserError
+from test_training import assert_same_weights, flags, teacher  # noqa: F401 - fixtures
 
 SMALL = dict(n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4)
 

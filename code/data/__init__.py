@@ -4,9 +4,9 @@ import sys
 import warnings
 
 import torch
+from system import distributed
 from torch.utils.data import DataLoader
 
-import processes
 from data.dataset import Batches, Crops, Images
 
 __all__ = ["Crops", "Images", "make_batches", "make_benchmarks"]
@@ -20,7 +20,7 @@ def make_batches(args, crops, start, stop, pin_memory=False):
     One loader serves the whole run: its workers start once and fetch ahead while the epochs are tested.
     """
     warnings.filterwarnings("ignore", "This DataLoader will create")  # two on one core still fetch ahead of the training
-    batches = Batches(start, stop, args.batch_size, processes.rank(), processes.count())
+    batches = Batches(start, stop, args.batch_size, distributed.rank(), distributed.world_size())
     return DataLoader(crops, batch_sampler=batches, num_workers=args.n_threads, pin_memory=pin_memory,
                       worker_init_fn=_start_worker,
                       generator=torch.Generator().manual_seed(args.seed))  # its own: the global one belongs to the loss

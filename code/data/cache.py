@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-
-from error import UserError
+from system.errors import UserError
 
 
 class Cache:

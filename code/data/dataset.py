@@ -1,6 +1,7 @@
 """Pairs of LR and HR images as uint8 arrays: random crops to train on, whole images to test on."""
 import numpy as np
 import torch
+from system.errors import UserError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -8,7 +9,6 @@ from data import degrade
 from data.cache import Cache, cache_folder
 from data.image import read_image, read_photo
 from data.source import default_cache, find
-from error import UserError
 
 OPEN = 10_000  # images whose files are kept open in memory: Linux maps 65,530 files in a process
 SMALLEST = 11  # pixels a side that SSIM needs of an image, when `scale` are shaved off each border

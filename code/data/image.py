@@ -1,11 +1,10 @@
 """Image files as uint8 RGB arrays, whatever is in them."""
-import os
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
-
-from error import UserError, writing
+from system.errors import UserError, writing
+from system.files import atomic_path
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"))
 PREVIEWED = frozenset((".jpg", ".jpeg"))  # cameras put smaller copies behind the photo
@@ -67,11 +66,7 @@ def read_photo(path):
 def write_image(path, image):
     """Writes a uint8 H x W x 3 or 4 array as PNG: whole or not at all."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            iio.imwrite(part, image, plugin="pillow", extension=".png", compress_level=3)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+    with atomic_path(path, sync=False) as part:
+        iio.imwrite(part, image, plugin="pillow", extension=".png", compress_level=3)

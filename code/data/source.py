@@ -4,9 +4,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.image import SUFFIXES, list_images
-from error import UserError
 from option import ROOT
+from system.errors import UserError
+
+from data.image import SUFFIXES, list_images
 
 # Colour photographs and grey textures inside the scikit-image package. Held out: a face, an object, a machine, a texture;
 # none shows what a training image shows (`motorcycle` left and right are one scene).

@@ -8,12 +8,11 @@ import hashlib
 import logging
 from functools import partial
 
-import torch
-from tqdm import tqdm
-
 import inference
-from device import autocast
-from error import UserError
+import torch
+from system.device import autocast
+from system.errors import UserError
+from tqdm import tqdm
 
 log = logging.getLogger("sr")
 MIDDLE, UNIT = 128, 1 / 128

@@ -9,10 +9,10 @@ here differs between the views: the trainer and the terms of the loss treat all 
 from dataclasses import dataclass
 
 import torch
+from system.distributed import global_batch_size, local_shard
+from system.errors import UserError
 
 from data import degrade
-from error import UserError
-from processes import mine, whole
 
 
 @dataclass
@@ -36,7 +36,7 @@ def zoom_in(lr, hr, args):
     """The tiles of an image follow each other; which they are comes from torch's generator on the CPU."""
     scale, (height, width) = args.scale, lr.shape[2:]
     grid = hr.unflatten(2, (scale, height)).unflatten(4, (scale, width)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    chosen = mine(torch.multinomial(torch.ones(whole(len(lr)), scale ** 2), args.n_zoom_in))
+    chosen = local_shard(torch.multinomial(torch.ones(global_batch_size(len(lr)), scale ** 2), args.n_zoom_in))
     chosen = chosen.to(hr.device, non_blocking=True)
     return grid[torch.arange(len(lr), device=hr.device)[:, None], chosen].flatten(0, 1), None
 

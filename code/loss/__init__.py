@@ -1,11 +1,11 @@
 """The loss: a string of weighted terms, `0.5*DS+0.5*TS+10*SA`. A new term is a class in a file here and a line below."""
 import torch
+from option import parse_loss
+from system.errors import UserError
 from torch import nn
 
-from error import UserError
 from loss import adversarial, affinity, consistency, contrastive, distribution, feature, nce, pixel
 from loss.step import Output, Setting, Step, Term, join
-from option import parse_loss
 
 __all__ = ["TERMS", "Loss", "Output", "Setting", "Step", "Term", "join"]
 
@@ -17,17 +17,17 @@ TERMS = {
     "RBF": affinity.RadialBasisFunction,
     "CA": feature.ChannelAffinity,
     "IA": feature.InstanceAffinity,
-    "FSP": feature.SolutionFlow,
+    "FSP": feature.FSP,
     "AT": feature.AttentionTransfer,
-    "fitnet": feature.Hint,
+    "fitnet": feature.FitNet,
     "MMD": feature.MaximumMeanDiscrepancy,
-    "CSD": contrastive.Contrast,
+    "CSD": contrastive.ContrastiveLoss,
     "VGG": contrastive.Perceptual,
-    "T_DS": contrastive.TeachersData,
+    "T_DS": contrastive.TeacherDataSupervision,
     "LC": consistency.LabelConsistency,
-    "DCR": distribution.DynamicContrast,
-    "DMM": distribution.CodeDistribution,
-    "NCE": nce.NoiseContrast,
+    "DCR": distribution.DynamicContrastiveLoss,
+    "DMM": distribution.DistributionMapping,
+    "NCE": nce.InfoNCE,
     "GAN": adversarial.Adversarial,
 }
 

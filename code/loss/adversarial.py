@@ -17,11 +17,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from system.distributed import all_reduce_gradients, all_reduce_mean, global_batch_size, local_shard
 from torch import nn
 from torch.func import functional_call
 
 from loss.step import Term
-from processes import average_gradients, mean, mine, whole
 
 WIDTHS = 64, 64, 128, 128, 256, 256, 512, 512
 HIDDEN = 1024
@@ -52,7 +52,7 @@ def discriminator_loss(kind, real, fake):
     if kind in ("WGAN", "WGAN_GP"):
         return fake.mean() - real.mean()
     if kind == "RGAN":
-        real, fake = real - mean(fake.mean()), fake - mean(real.mean())
+        real, fake = real - all_reduce_mean(fake.mean()), fake - all_reduce_mean(real.mean())
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
@@ -69,7 +69,7 @@ def generator_loss(kind, real, fake):
 
 def gradient_penalty(discriminator, real, fake):
     """(|grad D| - 1)^2 at a random point between each real image and its fake one, from torch's generator."""
-    part = mine(torch.rand(whole(len(real)), 1, 1, 1)).to(real, non_blocking=True)
+    part = local_shard(torch.rand(global_batch_size(len(real)), 1, 1, 1)).to(real, non_blocking=True)
     between = (part * real + (1 - part) * fake).requires_grad_()
     gradient, = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
@@ -106,7 +106,7 @@ class Adversarial(Term):
             if kind == "WGAN_GP":
                 loss = loss + PENALTY * gradient_penalty(self.discriminator, real, fake)
             loss.backward()
-            average_gradients(parameters)
+            all_reduce_gradients(parameters)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if kind == "WGAN":

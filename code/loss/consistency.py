@@ -10,9 +10,9 @@ were inverted, what it sees remains an inverted image.
 """
 import torch
 import torch.nn.functional as F
+from system.distributed import global_batch_size, local_shard
 
 from loss.step import Output, Term
-from processes import mine, whole
 
 INVERT, FLIP_HORIZONTAL, FLIP_VERTICAL, TRANSPOSE = range(4)
 
@@ -23,10 +23,10 @@ def draw(images, p):
     Where H and W differ all images are transposed or none, as the results must have one size. Random numbers are those of
     torch's generator on the CPU.
     """
-    chosen = torch.rand(whole(len(images)), 4) < p
+    chosen = torch.rand(global_batch_size(len(images)), 4) < p
     if images.shape[2] != images.shape[3]:
         chosen[:, TRANSPOSE] = chosen[:1, TRANSPOSE]
-    return mine(chosen)
+    return local_shard(chosen)
 
 
 def perturb(images, chosen, rgb_range):

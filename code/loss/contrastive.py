@@ -4,13 +4,13 @@ CSD: Towards Compact Single Image Super-Resolution via Contrastive Self-distilla
 """
 import torch
 import torch.nn.functional as F
+from system.distributed import all_gather, all_reduce_mean, global_batch_size, local_shard
+from system.errors import UserError
 from torch.utils.checkpoint import checkpoint
 
-from error import UserError
 from loss.frozen import once
 from loss.step import Term, images_together
 from loss.vgg import SMALLEST, shared_vgg, without_graph
-from processes import gather, mean, mine, whole
 
 WEIGHTS = 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1
 EPSILON = 1e-7
@@ -27,7 +27,7 @@ def contrast_l1(student, teacher, negatives, chosen=None):
     for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
         rows = all_of(n, s) if chosen is None else chosen.to(s.device, non_blocking=True)
         apart = sum(checkpoint(distance, s, n, row, use_reentrant=False, preserve_rng_state=False) for row in rows)
-        total = total + weight * mean(F.l1_loss(s, t)) / (mean(apart) + EPSILON)
+        total = total + weight * all_reduce_mean(F.l1_loss(s, t)) / (all_reduce_mean(apart) + EPSILON)
     return total
 
 
@@ -42,14 +42,14 @@ def contrast_cos(student, teacher, negatives, chosen=None):
         near = cosine_along_batch(t, s).mean()
         rows = all_of(n, s) if chosen is None else chosen.to(s.device, non_blocking=True)
         products = F.normalize(s.flatten(1)) @ F.normalize(n.flatten(1)).T
-        apart = mean(products.gather(1, rows.T).sum() / s.numel())
+        apart = all_reduce_mean(products.gather(1, rows.T).sum() / s.numel())
         total = total + weight * (torch.log(apart.exp() + EPSILON) - near)
     return total
 
 
 def cosine_along_batch(first, second):
     """N x C x H x W each -> C x H x W."""
-    products, *squares = (mean((x * y).sum(0)) for x, y in ((first, second), (first, first), (second, second)))
+    products, *squares = (all_reduce_mean((x * y).sum(0)) for x, y in ((first, second), (first, first), (second, second)))
     return products / (squares[0] * squares[1]).clamp_min(1e-16).sqrt()  # as F.cosine_similarity has it
 
 
@@ -72,7 +72,7 @@ def student_maps(vgg, step):
     return once(step, "vgg_student", lambda: vgg(step.student.sr))
 
 
-class Contrast(Term):
+class ContrastiveLoss(Term):
     """CSD: contrast in VGG-19's relu1_1, relu2_1, relu3_1, relu4_1, relu5_1, with --d_func L1 or cos.
 
     Negatives are --neg_num other LR images of the batch, upsampled by the bicubic kernel that LR was made with. Departs from
@@ -97,10 +97,10 @@ class Contrast(Term):
 
     def others(self, step):
         """Maps of the teacher's output and of upsampled LR images of the batch, and which of these are whose negatives."""
-        self.require_batch(whole(len(step.lr)), f"a batch of {whole(len(step.lr))}")
-        chosen = mine(others_of_the_batch(whole(len(step.lr)), self.count).T).T
+        self.require_batch(global_batch_size(len(step.lr)), f"a batch of {global_batch_size(len(step.lr))}")
+        chosen = local_shard(others_of_the_batch(global_batch_size(len(step.lr)), self.count).T).T
         used, chosen = chosen.unique(return_inverse=True)
-        lr = gather(step.lr)[used.to(step.lr.device, non_blocking=True)]
+        lr = all_gather(step.lr)[used.to(step.lr.device, non_blocking=True)]
         upsampled = F.interpolate(lr, size=step.student.sr.shape[-2:], mode="bicubic", antialias=True)
         return *without_graph(self.vgg, step.teacher.sr, upsampled), chosen
 
@@ -126,7 +126,7 @@ class Perceptual(Term):
         return sum(weight * F.l1_loss(s, t) for weight, s, t in zip(WEIGHTS, student, truth, strict=True))
 
 
-class TeachersData(Term):
+class TeacherDataSupervision(Term):
     """T_DS: L1(T, HR), the teacher's own supervision where it is trained along; 0 from epoch --t_l_remove on."""
     needs = frozenset({"hr", "teacher", "teacher_graph"})
 

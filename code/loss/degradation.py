@@ -1,8 +1,7 @@
 """Random degradations of batches of images: blur, resizing and back, noise, in this order."""
 import torch
 import torch.nn.functional as F
-
-from processes import mine, whole
+from system.distributed import global_batch_size, local_shard
 
 RADIUS = 5  # of the largest blur kernel, 11
 
@@ -14,10 +13,10 @@ def degrade(images, rgb_range, noise=1, blur=0, resize=0):
     the generator of the images' device, everything else from the CPU's.
     """
     for probability, operation in ((blur, random_blur), (resize, random_resize), (noise, random_noise)):
-        chosen = torch.rand(whole(len(images))) < probability
+        chosen = torch.rand(global_batch_size(len(images))) < probability
         if chosen.any():
             changed = operation(images, rgb_range)
-            chosen = mine(chosen).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+            chosen = local_shard(chosen).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
             images = torch.where(chosen, changed, images).clamp(0, rgb_range)
     return images
 
@@ -25,15 +24,16 @@ def degrade(images, rgb_range, noise=1, blur=0, resize=0):
 def random_noise(images, rgb_range):
     """Gaussian noise, sigma uniform in [1, 30] out of 255; with probability 0.5 gray, the same in all channels."""
     sigma = uniform(len(images), 1, 30).view(-1, 1, 1, 1) * (rgb_range / 255)
-    gray = mine(torch.rand(whole(len(images))) < 0.5).view(-1, 1, 1, 1)
-    noise = mine(torch.randn(whole(len(images)), *images.shape[1:], dtype=images.dtype, device=images.device))
+    gray = local_shard(torch.rand(global_batch_size(len(images))) < 0.5).view(-1, 1, 1, 1)
+    shape = global_batch_size(len(images)), *images.shape[1:]
+    noise = local_shard(torch.randn(shape, dtype=images.dtype, device=images.device))
     noise = torch.where(gray.to(images.device, non_blocking=True), noise[:, :1], noise)
     return images + noise * sigma.to(images, non_blocking=True)
 
 
 def random_blur(images, _):
     """Gaussian kernel of an odd size in 3..11, sigma in [0.1, 2] for each axis; edge pixels are repeated beyond the edge."""
-    radius = mine(torch.randint(1, RADIUS + 1, (whole(len(images)), 1)))
+    radius = local_shard(torch.randint(1, RADIUS + 1, (global_batch_size(len(images)), 1)))
     for axis in (2, 3):
         kernels = gaussian(uniform(len(images), 0.1, 2)[:, None], radius).to(images, non_blocking=True)
         images = blur_axis(images, kernels, axis)
@@ -68,4 +68,4 @@ def random_resize(images, _):
 
 def uniform(count, low, high):
     """A number for each of the images of this process's part."""
-    return low + (high - low) * mine(torch.rand(whole(count)))
+    return low + (high - low) * local_shard(torch.rand(global_batch_size(count)))

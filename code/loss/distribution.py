@@ -6,8 +6,8 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from system.errors import UserError
 
-from error import UserError
 from loss.contrastive import contrast_l1
 from loss.degradation import degrade
 from loss.frozen import once
@@ -28,7 +28,7 @@ def student_maps(net, step):
     return once(step, "vqgan_student", lambda: net(step.student.sr))
 
 
-class CodeDistribution(Term):
+class DistributionMapping(Term):
     """DMM: cross-entropy between the distributions over the VQGAN's codes, C = softmax(max d - d) of the squared distances d
 
     of z = quant_conv(encoder(image)) to the codes; the teacher's is a constant, whose entropy is the least the term can be.
@@ -48,7 +48,7 @@ class CodeDistribution(Term):
         return divergence(self.logits(student_maps(self.vqgan, step)), self.logits(teacher))
 
 
-class DynamicContrast(Term):
+class DynamicContrastiveLoss(Term):
     """DCR: contrast_l1 in the first residual block of each level of the VQGAN's encoder.
 
     Negatives are outputs of the history model on LR and on --dcr_negatives degradations of LR. The history model starts as

@@ -3,12 +3,12 @@
 Each is L1(transform(student), transform(teacher)), mean over elements, summed over the maps.
 """
 import torch.nn.functional as F
+from system.distributed import all_gather
+from system.errors import UserError
 from torch import nn
 
-from error import UserError
 from loss.affinity import pool
 from loss.step import Term, images_together, require_equal_widths
-from processes import gather
 
 
 def channel_affinity(x):
@@ -24,7 +24,7 @@ def instance_affinity(x):
     Under several processes the rows of this one's images, the columns those of all.
     """
     rows = x.flatten(1)
-    return F.normalize(rows @ gather(rows).T, dim=1)
+    return F.normalize(rows @ all_gather(rows).T, dim=1)
 
 
 def attention(x):
@@ -99,7 +99,7 @@ class MaximumMeanDiscrepancy(FeatureTerm):
         return mean_distances(pool(x, self.args))
 
 
-class SolutionFlow(FeatureTerm):
+class FSP(FeatureTerm):
     """FSP: between successive maps of --features. Needs networks of equal width."""
 
     def __init__(self, setting):
@@ -114,7 +114,7 @@ class SolutionFlow(FeatureTerm):
         return sum(F.l1_loss(flow(*student[k:k + 2]), flow(*teacher[k:k + 2])) for k in range(len(student) - 1))
 
 
-class Hint(FeatureTerm):
+class FitNet(FeatureTerm):
     """fitnet: the maps themselves, through a learned 1x1 convolution where widths differ (Romero et al., ICLR 2015)."""
 
     def __init__(self, setting):

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 
 import torch
-
 from model.loading import CheckpointError
 
 log = logging.getLogger("sr")

@@ -14,11 +14,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from system.distributed import all_gather, global_batch_size, local_shard, rank
+from system.errors import UserError
 from torch import nn
 
-from error import UserError
 from loss.step import Term, images_together
-from processes import gather, mine, rank, whole
 
 SHARES = {"hybrid": {"image": 0.3, "patch": 0.7}, "image": {"image": 1}, "patch": {"patch": 1}}
 WIDTHS = {"image": (3, 128), "patch": (3, 64, 128)}
@@ -48,8 +48,8 @@ def info_nce(student, teacher, temperature, mining="hard", denominator="negative
 def draw_places(images, size, count):
     """Corners of `count` different patches in each image, from torch's generator -> their rows and columns, B x count."""
     rows, columns = (side - size + 1 for side in images.shape[2:])
-    places = torch.multinomial(torch.ones(whole(len(images)), rows * columns), min(count, rows * columns))
-    places = mine(places).to(images.device, non_blocking=True)
+    places = torch.multinomial(torch.ones(global_batch_size(len(images)), rows * columns), min(count, rows * columns))
+    places = local_shard(places).to(images.device, non_blocking=True)
     return places // columns, places % columns
 
 
@@ -68,7 +68,7 @@ def make_embedding(widths):
     return nn.Sequential(*sum(layers, ()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 256))
 
 
-class NoiseContrast(Term):
+class InfoNCE(Term):
     """NCE. Images reach the embeddings in [0, 1].
 
     One embedding serves student and teacher and learns from both sides, as in SimCLR (Chen et al., ICML 2020). Nothing is
@@ -116,7 +116,7 @@ class NoiseContrast(Term):
 
     def contrast(self, embedding, student, teacher):
         student, teacher = F.normalize(embedding(torch.cat([student, teacher])), dim=1).chunk(2)
-        return info_nce(student, gather(teacher), self.log_temperature.exp(), self.args.nce_mining,
+        return info_nce(student, all_gather(teacher), self.log_temperature.exp(), self.args.nce_mining,
                         self.args.nce_denominator, rank() * len(teacher))
 
     @torch.no_grad()

@@ -3,9 +3,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from system.errors import UserError
 from torch import nn
-
-from error import UserError
 
 
 @dataclass

@@ -2,7 +2,8 @@
 import inspect
 import logging
 
-from error import UserError
+from system.errors import UserError
+
 from model import carn, edsr, imdn, rcan, rdn, san, swinir
 from model.loading import CheckpointError, load_strictly, read_checkpoint
 from model.slicing import inherit, narrow_twin, slim

@@ -113,14 +113,14 @@ class ResBlock(nn.Module):
         return x + (res if self.res_scale == 1 else res * self.res_scale)
 
 
-def through(blocks, x, taps):
-    """Runs x through the blocks -> (output, [x before block t for t in taps]); t = len(blocks) is the output."""
+def forward_features(blocks, x, feature_layers):
+    """Runs x through the blocks -> (output, [x before block t for t in feature_layers]); t = len(blocks) is the output."""
     kept = {0: x}
     for done, block in enumerate(blocks, start=1):
         x = block(x)
-        if done in taps:
+        if done in feature_layers:
             kept[done] = x
-    return x, [kept[tap] for tap in taps]
+    return x, [kept[tap] for tap in feature_layers]
 
 
 # ---- reading sizes off the names and shapes of parameters

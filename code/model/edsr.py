@@ -1,8 +1,19 @@
 """EDSR: Enhanced Deep Residual Networks for Single Image Super-Resolution (Lim et al., CVPRW 2017)."""
 from torch import nn
 
-from model.common import (ImageConv, MeanShift, Network, ResBlock, Upsampler, conv, count, rename, through,
-                          upsampler_scale, with_default_means)
+from model.common import (
+    ImageConv,
+    MeanShift,
+    Network,
+    ResBlock,
+    Upsampler,
+    conv,
+    count,
+    forward_features,
+    rename,
+    upsampler_scale,
+    with_default_means,
+)
 
 
 class EDSR(Network):
@@ -14,7 +25,7 @@ class EDSR(Network):
         self.config = dict(scale=scale, n_resblocks=n_resblocks, n_feats=n_feats, res_scale=res_scale)
         # 1 head, 2 a block, 1 body end; the tail's convolutions together reach 2 LR pixels at any scale
         self.receptive_field = 2 * n_resblocks + 4
-        self.taps = n_resblocks // 3, 2 * n_resblocks // 3
+        self.feature_layers = n_resblocks // 3, 2 * n_resblocks // 3
         self.sub_mean = MeanShift(-1, trainable=False)
         self.head = nn.Sequential(ImageConv(3, n_feats))
         self.body = nn.Sequential(*[ResBlock(n_feats, res_scale) for _ in range(n_resblocks)], conv(n_feats, n_feats))
@@ -23,7 +34,7 @@ class EDSR(Network):
 
     def super_resolve(self, x, features):
         head = self.head(self.sub_mean(x))
-        x, middle = through(self.body[:-1], head, self.taps if features else ())
+        x, middle = forward_features(self.body[:-1], head, self.feature_layers if features else ())
         x = self.body[-1](x) + head  # map 3 contains the long skip connection, as in FAKD's code
         return self.add_mean(self.tail(x)), [head, *middle, x]
 

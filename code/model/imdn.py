@@ -4,7 +4,7 @@ import math
 import torch
 from torch import nn
 
-from model.common import ImageConv, Network, conv, count, squeeze_and_excite, through
+from model.common import ImageConv, Network, conv, count, forward_features, squeeze_and_excite
 
 SLOPE = 0.05  # of the leaky ReLUs
 
@@ -54,7 +54,7 @@ class IMDN(Network):
             raise ValueError(f"n_feats {n_feats}: channel attention squeezes 16 channels into one")
         self.scale, self.n_feats = scale, n_feats
         self.config = dict(scale=scale, n_feats=n_feats, n_modules=n_modules)
-        self.taps = n_modules // 3, 2 * n_modules // 3
+        self.feature_layers = n_modules // 3, 2 * n_modules // 3
         self.fea_conv = ImageConv(3, n_feats)
         self.numbers = range(1, n_modules + 1)
         for number in self.numbers:
@@ -66,9 +66,9 @@ class IMDN(Network):
     def super_resolve(self, x, features):
         head = self.fea_conv(x)
         blocks = [getattr(self, f"IMDB{number}") for number in self.numbers]
-        _, outputs = through(blocks, head, range(len(blocks) + 1))
+        _, outputs = forward_features(blocks, head, range(len(blocks) + 1))
         end = self.LR_conv(self.c(torch.cat(outputs[1:], 1))) + head
-        return self.upsampler(end), [head, *(outputs[tap] for tap in self.taps), end]
+        return self.upsampler(end), [head, *(outputs[tap] for tap in self.feature_layers), end]
 
 
 def recognise(state):

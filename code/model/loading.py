@@ -4,8 +4,7 @@ import warnings
 from pathlib import Path
 
 import torch
-
-from error import UserError
+from system.errors import UserError
 
 NESTED = ("params_ema", "params", "state_dict", "model_state_dict")  # the first that is there holds the weights
 

@@ -1,8 +1,19 @@
 """RCAN: Image Super-Resolution Using Very Deep Residual Channel Attention Networks (Zhang et al., ECCV 2018)."""
 from torch import nn
 
-from model.common import (ImageConv, MeanShift, Network, Upsampler, conv, count, rename, squeeze_and_excite, through,
-                          upsampler_scale, with_default_means)
+from model.common import (
+    ImageConv,
+    MeanShift,
+    Network,
+    Upsampler,
+    conv,
+    count,
+    forward_features,
+    rename,
+    squeeze_and_excite,
+    upsampler_scale,
+    with_default_means,
+)
 
 
 class ChannelAttention(nn.Module):
@@ -47,7 +58,7 @@ class RCAN(Network):
         self.scale, self.n_feats = scale, n_feats
         self.config = dict(scale=scale, n_resgroups=n_resgroups, n_resblocks=n_resblocks, n_feats=n_feats,
                            reduction=reduction)
-        self.taps = round(n_resgroups / 3), round(2 * n_resgroups / 3)  # 3 and 7 of 10, as in FAKD
+        self.feature_layers = round(n_resgroups / 3), round(2 * n_resgroups / 3)  # 3 and 7 of 10, as in FAKD
         self.sub_mean = MeanShift(-1, trainable=True)
         self.head = nn.Sequential(ImageConv(3, n_feats))
         self.body = nn.Sequential(*[ResidualGroup(n_resblocks, n_feats, reduction) for _ in range(n_resgroups)],
@@ -57,7 +68,7 @@ class RCAN(Network):
 
     def super_resolve(self, x, features):
         head = self.head(self.sub_mean(x))
-        x, middle = through(self.body[:-1], head, self.taps if features else ())
+        x, middle = forward_features(self.body[:-1], head, self.feature_layers if features else ())
         x = self.body[-1](x) + head  # map 3 contains the long skip connection, as in FAKD's code
         return self.add_mean(self.tail(x)), [head, *middle, x]
 

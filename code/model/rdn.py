@@ -43,7 +43,7 @@ class RDN(Network):
             raise ValueError(f"RDNkSize {RDNkSize} is even: a kernel needs a centre")
         self.scale, self.n_feats = scale, G0
         self.config = dict(scale=scale, G0=G0, RDNkSize=RDNkSize, RDNconfig=name_of(n_blocks, n_convs, growth))
-        self.taps = n_blocks // 3, 2 * n_blocks // 3
+        self.feature_layers = n_blocks // 3, 2 * n_blocks // 3
         self.SFENet1 = ImageConv(3, G0, RDNkSize)
         self.SFENet2 = conv(G0, G0, RDNkSize)
         self.RDBs = nn.ModuleList([RDB(G0, n_convs, growth) for _ in range(n_blocks)])
@@ -63,7 +63,7 @@ class RDN(Network):
         for block in self.RDBs:
             outputs.append(block(outputs[-1]))
         end = self.GFF(torch.cat(outputs[1:], 1)) + head
-        return self.UPNet(end), [outputs[0], *(outputs[tap] for tap in self.taps), end]
+        return self.UPNet(end), [outputs[0], *(outputs[tap] for tap in self.feature_layers), end]
 
 
 def sizes(config):

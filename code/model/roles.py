@@ -1,5 +1,6 @@
 """The student and its teachers, as the flags ask for them."""
-from error import UserError
+from system.errors import UserError
+
 from model import inherit, load_as_told, load_model, make_model, require_rgb, slim
 from model.teachers import teacher_path
 

@@ -3,8 +3,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model.common import (ImageConv, MeanShift, Network, Upsampler, conv, count, squeeze_and_excite, upsampler_scale,
-                          with_default_means)
+from model.common import (
+    ImageConv,
+    MeanShift,
+    Network,
+    Upsampler,
+    conv,
+    count,
+    squeeze_and_excite,
+    upsampler_scale,
+    with_default_means,
+)
 
 COVARIANCE_SIDE = 1000  # a longer side is cut to its middle for the covariance, as in the authors' code
 NONLOCAL_REDUCTION = 8  # of the unused attention in the non-local block, and of its inner width by default
@@ -142,7 +151,7 @@ class SAN(Network):
         self.scale, self.n_feats = scale, n_feats
         self.config = dict(scale=scale, n_resgroups=n_resgroups, n_resblocks=n_resblocks, n_feats=n_feats,
                            reduction=reduction, n_inner=n_inner)
-        self.taps = -(-n_resgroups // 3), -(-2 * n_resgroups // 3)  # 7 and 14 of 20, 2 and 4 of 6, as in FAKD
+        self.feature_layers = -(-n_resgroups // 3), -(-2 * n_resgroups // 3)  # 7 and 14 of 20, 2 and 4 of 6, as in FAKD
         self.sub_mean = MeanShift(-1, trainable=True)
         self.head = nn.Sequential(ImageConv(3, n_feats))
         self.non_local = NonLocalBlock(n_feats, n_inner)
@@ -159,7 +168,7 @@ class SAN(Network):
         for done, group in enumerate(self.RG, start=1):
             x = group(x) + self.gamma * source
             if features:
-                middle += [x] * self.taps.count(done)
+                middle += [x] * self.feature_layers.count(done)
         x = self.non_local(x)
         sr = self.add_mean(self.tail(x + head))
         return sr, [head, *middle, x]  # map 3 is without the long skip, as in FAKD's code

@@ -8,10 +8,10 @@ r x n_feats x s^2 rows, a convolution over concatenated maps its first columns o
 import re
 
 import torch
+from system.errors import UserError
 from torch import nn
 from torch.func import functional_call
 
-from error import UserError
 from model import rdn
 
 MEANING = "scale", "window_size", "group"  # constructor arguments on which it depends what an entry of a parameter means

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model.common import DIV2K_MEAN, ImageConv, Network, Upsampler, conv, count, through, upsampler_scale
+from model.common import DIV2K_MEAN, ImageConv, Network, Upsampler, conv, count, forward_features, upsampler_scale
 
 TAIL_FEATS = 64  # channels between body and image, in every released file
 BUFFERS = "relative_position_index", "attn_mask"  # constants in the released files, computed here
@@ -151,7 +151,7 @@ class SwinIR(Network):
         self.config = dict(scale=scale, depths=list(depths), n_feats=n_feats, num_heads=list(num_heads),
                            window_size=window_size, mlp_ratio=mlp_ratio, upsampler=upsampler,
                            resi_connection=resi_connection, in_chans=in_chans, img_range=img_range)
-        self.taps = len(depths) // 3, 2 * len(depths) // 3
+        self.feature_layers = len(depths) // 3, 2 * len(depths) // 3
         mean = torch.tensor(DIV2K_MEAN if in_chans == 3 else [0.0] * in_chans).view(1, -1, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
         self.conv_first = ImageConv(in_chans, n_feats)
@@ -183,7 +183,7 @@ class SwinIR(Network):
         x = (x - self.mean) * self.img_range
         head = self.conv_first(x)
         tokens = self.patch_embed["norm"](head.permute(0, 2, 3, 1))
-        tokens, middle = through(self.layers, tokens, self.taps if features else ())
+        tokens, middle = forward_features(self.layers, tokens, self.feature_layers if features else ())
         body = self.conv_after_body(self.norm(tokens).permute(0, 3, 1, 2)) + head
         sr = self.tail(body) if self.upsampler else x + self.conv_last(body)
         return sr / self.img_range + self.mean, [head, *(tokens.permute(0, 3, 1, 2) for tokens in middle), body]

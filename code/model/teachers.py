@@ -1,9 +1,10 @@
 """Finding the checkpoint of a teacher by its name."""
 import os
 
-from model.loading import CheckpointError
 from option import ROOT
 from released import TEACHERS, files_of
+
+from model.loading import CheckpointError
 
 FOLDER = ROOT / "teacher_checkpoint"
 

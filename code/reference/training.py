@@ -4,20 +4,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
-import torch
-from torch.nn import functional as F
-from torch.utils.data import default_collate
-
 import option
+import torch
 from checkpoint import save_model
 from data import Crops, degrade
 from data.image import write_image
 from data.teacher_cache import ask_teachers
-from device import autocast
-from memory import array_memory
 from model.edsr import EDSR
-from plain.dukd import make_trainer, two_ways
-from plain.pair import Pair, of_convolutions
+from system.device import autocast
+from system.memory import array_memory
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from reference.dukd import make_trainer, two_ways
+from reference.pair import Pair, of_convolutions
 
 SCALE = 4
 BATCH = {"cuda": 16, "cpu": 2}  # of the networks' steps

@@ -2,7 +2,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from memory import peak_memory
+from system.memory import peak_memory
 
 
 class Pair(NamedTuple):

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from memory import LiveMemory
+from system.memory import LiveMemory
 
 GLOBAL_MEMORY = 1e9  # bytes, for networks whose result depends on the tiles: not for the free memory of the moment to say
 SHARE = 0.5  # of the free memory: others may want some of it before the image is done

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from error import UserError, is_one_of_several
+from system.errors import UserError, is_distributed
 
 log = logging.getLogger("sr")
 DTYPES = {"half": torch.float16, "bf16": torch.bfloat16}
@@ -14,7 +14,7 @@ def pick_device(args):
     """The GPU where there is one and --cpu does not forbid it, else the CPU, with a line that says so."""
     if args.cpu:
         return torch.device("cpu")
-    if is_one_of_several() and torch.cuda.is_available():
+    if is_distributed() and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}: start "

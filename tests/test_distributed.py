@@ -8,21 +8,20 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-from torch import multiprocessing
-
 import loss
 import option
-import processes
+import pytest
+import torch
 from checkpoint import save_model
 from data import dataset
 from data.views import plan
-from error import UserError
 from loss import vqgan
 from model import slim
 from model.rcan import RCAN
 from model.san import SAN
+from system import distributed
+from system.errors import UserError
+from torch import multiprocessing
 from trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,13 +66,13 @@ def gradients(case):
     """Of the networks and of the discriminator, after steps on this process's part of the batch; and the terms' values."""
     torch.set_default_dtype(torch.float64)
     trainer = make_trainer(CASES[case])
-    trainer.evaluate = processes.synchronised(trainer.evaluate)
+    trainer.evaluate = distributed.wrap(trainer.evaluate)
     generator = torch.Generator().manual_seed(5)
     hr = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     lr = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
     torch.manual_seed(7)
     for _ in range(2):
-        values = trainer.step(processes.mine(lr), processes.mine(hr))
+        values = trainer.step(distributed.local_shard(lr), distributed.local_shard(hr))
     found = {f"trained {index}": p.grad for index, p in enumerate(trainer.trained) if p.grad is not None}
     found |= {f"state {name}": x for name, x in trainer.loss.state_dict().items() if isinstance(x, torch.Tensor)}
     return {**found, "values": values, "draws": torch.get_rng_state()}
@@ -86,9 +85,9 @@ def work(rank, number, folder, port):
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
         make_exact(patch)
-        processes.connect("cpu")
+        distributed.connect("cpu")
         torch.save({case: gradients(case) for case in CASES}, folder / f"{rank}.pt")
-        processes.disconnect()
+        distributed.disconnect()
 
 
 def make_small(patch):
@@ -240,14 +239,14 @@ def test_a_mistake_is_told_once(command, tmp_path):
     assert status == 2 and [line for line in lines if line.startswith("error")] == [lines[-1]] and "not finite" in lines[-1]
 
 
-def test_processes_that_there_cannot_be_are_refused(run_main, command, monkeypatch):
+def test_distributed_that_there_cannot_be_are_refused(run_main, command, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="--n_GPUs 4: this machine has 1; with --cpu"):
-        processes.launch(option.parse(["--n_GPUs", "4"]))
+    with pytest.raises(UserError, match="--n_GPUs 4: this machine has 1 GPUs; with --cpu"):
+        distributed.launch(option.parse(["--n_GPUs", "4"]))
     status, _, err = run_main("train", " ".join([*command[1:], "--n_GPUs", "3"]))
     assert status == 2 and "--batch_size 4 cannot be divided evenly by --n_GPUs 3" in err[0]
     args = option.parse(["--batch_size", "6", "--split_batch", "3"])
-    processes.require_divisible(args)
-    monkeypatch.setattr(processes, "count", lambda: 4)
+    distributed.check_batch_divisible(args)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     with pytest.raises(UserError, match="6 images cannot be divided evenly among 4 processes x --split_batch 3"):
-        processes.require_divisible(args)
+        distributed.check_batch_divisible(args)

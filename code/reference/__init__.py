@@ -2,8 +2,8 @@
 
 A comparison is a function of a size (pixels a side) and a device that returns a `Pair`, and its line in COMPARISONS.
 """
-from plain import formula, training
-from plain.pair import Pair
+from reference import formula, training
+from reference.pair import Pair
 
 __all__ = ["COMPARISONS", "Pair"]
 

@@ -3,13 +3,13 @@ from functools import partial
 from unittest import mock
 
 import torch
-from torch.nn import functional as F
-
 from inference import chop
 from loss.affinity import affinity_l1
 from model import san
 from model.edsr import EDSR
-from plain.pair import Pair, of_convolutions
+from torch.nn import functional as F
+
+from reference.pair import Pair, of_convolutions
 
 CHANNELS = 64
 BATCH = 16

@@ -7,11 +7,10 @@ those of the first. The inverse of label consistency is in the right order, unli
 import copy
 from types import SimpleNamespace
 
-import torch
-import torch.nn.functional as F
-
 import loss
 import option
+import torch
+import torch.nn.functional as F
 from data import degrade
 from data.views import plan
 from trainer import Trainer, make_optimizer

@@ -1,0 +1,128 @@
+"""Files that appear whole or not at all, and folders that one process at a time writes to."""
+import io
+import os
+import pickle
+import re
+import socket
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from system.errors import UserError, reason_of
+
+HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]  # a folder may be shared between machines
+PART = re.compile(rf"\..*\.{re.escape(HOST)}\.([0-9]+)\.part")
+
+
+def part_of(path: Path) -> Path:
+    """Return the name of the temporary file beside `path` that this process writes before it renames it to `path`."""
+    name = path.name.encode(errors="surrogateescape")[:150].decode(errors="ignore")  # file names have at most 255 bytes
+    return path.with_name(f".{name}.{HOST}.{os.getpid()}.part")
+
+
+@contextmanager
+def atomic_path(path: Path | str, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and rename it to `path` when the body succeeds; else remove it.
+
+    After a crash either the old file or the complete new one is there. `sync` waits until the data are on the disk, so that
+    this holds for a power failure too. Raises UserError, with the path and the reason, where the disk is full or read-only.
+    """
+    path = Path(path)
+    part = part_of(path)
+    try:
+        yield part
+        if sync:
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({reason_of(error)}); make space there, or give another folder") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def atomic_write(path: Path | str, data: bytes | memoryview) -> None:
+    """Write bytes to `path` by way of a temporary file; raises UserError."""
+    with atomic_path(path) as part:
+        part.write_bytes(data)
+
+
+def atomic_save(content: object, path: Path | str) -> None:
+    """Serialise `content` with torch.save to `path` by way of a temporary file; raises UserError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic_write(path, buffer.getbuffer())
+
+
+def load_torch_file(path: Path | str) -> object:
+    """Return what torch.save wrote to `path`, with its tensors on the CPU, without ever unpickling code.
+
+    Raises UserError where the file is missing, may not be read, is damaged (PyTorch itself does not compare the checksums),
+    or holds anything but tensors, numbers, strings and containers of those.
+    """
+    path = Path(path)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                    raise UserError(f"{path}: compressed, which torch.save does not do; unpack it or fetch it again")
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"{path}: damaged ({damaged} does not match its checksum); fetch or copy it again")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error that follows says it
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({reason_of(error)})") from None
+    except pickle.UnpicklingError:  # its text advises weights_only=False, which would run the file's code
+        raise UserError(f"{path}: no PyTorch file, or one that holds code beside weights") from None
+    except Exception:  # a damaged file can make the reader raise anything, and its texts say little
+        raise UserError(f"{path}: damaged, or no PyTorch file ({path.stat().st_size:,} bytes); fetch or copy it again"
+                        ) from None
+
+
+def remove_stale_parts(folder: Path) -> None:
+    """Remove temporary files of `atomic_path` in the folder whose process, of this machine, has ended (SIGKILL)."""
+    with suppress(OSError):
+        for file in os.scandir(folder):
+            match = PART.fullmatch(file.name)
+            if match and not _is_running(int(match[1])):
+                with suppress(OSError):
+                    os.unlink(file.path)
+
+
+def _is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user, or no number of a process
+        return True
+    return True
+
+
+def lock(path: Path, message: str, wait: bool = False) -> io.IOBase:
+    """Return an open file whose exclusive lock ends when it is closed, at the latest with the process.
+
+    Raises UserError with `message` if another process holds the lock, unless `wait` is set. File systems that know no locks
+    are not locked.
+    """
+    file = path.open("w")
+    try:
+        import fcntl  # noqa: PLC0415 - not available on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        raise UserError(message) from None
+    except (ImportError, OSError):
+        pass
+    return file
