@@ -1,23 +1,25 @@
-"""Views of a batch: the pair itself, and further inputs that are made from it, as in DUKD (Zhang et al., 2023).
+"""Views of a batch: the original pairs, and upcycled ones made from them, as in DUKD (Zhang et al., 2023).
 
-zoom_in    --n_zoom_in different tiles of HR's s x s grid, each of LR's size, as inputs; they have no truth
-zoom_out   LR downscaled by s with the bicubic kernel that LR was made with, as input; its truth is LR
+zoom_in    --n_zoom_in different tiles of HR's s x s grid, of the size of LR, as inputs without ground truth
+zoom_out   LR downscaled by s with the bicubic kernel that LR was made with, as input; LR is its ground truth
 
-Each is a batch of its own, whose terms are means over its images, times the view's weight in --upcycle. Only what is made
-here differs between the views: the trainer and the terms of the loss treat all alike.
+Each view is a batch of its own. Its terms are means over its images, multiplied by the view's weight in --upcycle.
 """
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from system.distributed import global_batch_size, local_shard
-from system.errors import UserError
 
 from data import degrade
+from loss.term import Output
+from system.distributed import global_batch_size, local_shard
+from system.errors import UserError
 
 
 @dataclass
 class View:
-    """hr is None where there is no truth. Tensors of uint8, N x 3 x h x w and N x 3 x sh x sw, or of what they become."""
+    """A batch of pairs N x 3 x h x w and N x 3 x sh x sw; hr is None without ground truth."""
+
     name: str
     lr: torch.Tensor
     hr: torch.Tensor | None
@@ -25,37 +27,38 @@ class View:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What is known of a view before there is a batch; side: of the outputs, in pixels."""
+class PlannedView:
+    """What is known of a view before there is a batch; side: of its outputs, in pixels."""
+
     name: str
-    has_truth: bool
+    has_hr: bool
     side: int
 
 
-def zoom_in(lr, hr, args):
-    """The tiles of an image follow each other; which they are comes from torch's generator on the CPU."""
-    scale, (height, width) = args.scale, lr.shape[2:]
+def zoom_in(hr: torch.Tensor, scale: int, tiles: int) -> torch.Tensor:
+    """Draw `tiles` different tiles of each image's s x s grid: N x 3 x sh x sw -> (N tiles) x 3 x h x w, image by image."""
+    height, width = (size // scale for size in hr.shape[2:])
     grid = hr.unflatten(2, (scale, height)).unflatten(4, (scale, width)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    chosen = local_shard(torch.multinomial(torch.ones(global_batch_size(len(lr)), scale ** 2), args.n_zoom_in))
+    chosen = local_shard(torch.multinomial(torch.ones(global_batch_size(len(hr)), scale ** 2), tiles))
     chosen = chosen.to(hr.device, non_blocking=True)
-    return grid[torch.arange(len(lr), device=hr.device)[:, None], chosen].flatten(0, 1), None
+    return grid[torch.arange(len(hr), device=hr.device)[:, None], chosen].flatten(0, 1)
 
 
-def zoom_out(lr, hr, args):
-    height, width = (size // args.scale * args.scale for size in lr.shape[2:])
-    return degrade.downscale_batch(lr, args.scale), lr[..., :height, :width]
+def make_views(lr: torch.Tensor, hr: torch.Tensor, scale: int, upcycle: Sequence[tuple[float, str]] = (),
+               n_zoom_in: int = 1) -> list[View]:
+    """Make the views of a batch of uint8 pairs: the original batch, then those of `upcycle`, pairs of weight and name."""
+    views = [View("original", lr, hr)]
+    for weight, name in upcycle:
+        if name == "zoom_in":
+            views.append(View(name, zoom_in(hr, scale, n_zoom_in), None, weight))
+        else:
+            height, width = (size // scale * scale for size in lr.shape[2:])
+            views.append(View(name, degrade.downscale_batch(lr, scale), lr[..., :height, :width], weight))
+    return views
 
 
-MAKERS = {"zoom_in": zoom_in, "zoom_out": zoom_out}  # (LR, HR, args) of a batch, uint8 -> (LR, HR or None) of the view
-
-
-def make_views(lr, hr, args):
-    """The plain view of a batch of uint8 pairs, then those of --upcycle; on the batch's device."""
-    return [View("plain", lr, hr), *(View(name, *MAKERS[name](lr, hr, args), weight) for weight, name in args.upcycle)]
-
-
-def plan(args):
-    """A Planned for each view of --upcycle; raises UserError where one cannot be made."""
+def plan(args) -> list[PlannedView]:
+    """Plan the views of --upcycle; raises UserError where one cannot be made."""
     side = args.patch_size // args.scale // args.scale
     names = [name for _, name in args.upcycle]
     if "zoom_in" in names and args.n_zoom_in > args.scale ** 2:
@@ -63,13 +66,15 @@ def plan(args):
     if "zoom_out" in names and side < 1:
         raise UserError(f"--patch_size {args.patch_size}: LR crops of {args.patch_size // args.scale} pixels cannot be "
                         f"downscaled by {args.scale} for zoom_out; {args.scale ** 2} or more")
-    return [Planned(name, name != "zoom_in", args.patch_size if name == "zoom_in" else side * args.scale) for name in names]
+    return [PlannedView(name, name != "zoom_in", args.patch_size if name == "zoom_in" else side * args.scale)
+            for name in names]
 
 
-def together(run, inputs, features):
-    """[run(lr, features) of each batch of LR images], an Output each; those of one size go through as one batch.
+def forward_by_size(forward: Callable[[torch.Tensor, bool], Output], inputs: list[torch.Tensor],
+                    features: list[bool]) -> list[Output]:
+    """Run forward(lr, features) on each batch of LR images, batches of equal image size concatenated.
 
-    features: for each, whether its maps are wanted.
+    features: for each batch, whether its feature maps are needed.
     """
     groups = {}
     for index, lr in enumerate(inputs):
@@ -77,8 +82,8 @@ def together(run, inputs, features):
     outputs = {}
     for group in groups.values():
         if len(group) == 1:
-            outputs[group[0]] = run(inputs[group[0]], features[group[0]])
+            outputs[group[0]] = forward(inputs[group[0]], features[group[0]])
             continue
-        joined = run(torch.cat([inputs[index] for index in group]), any(features[index] for index in group))
+        joined = forward(torch.cat([inputs[index] for index in group]), any(features[index] for index in group))
         outputs.update(zip(group, joined.split([len(inputs[index]) for index in group])))
     return [outputs[index] for index in range(len(inputs))]

@@ -1,118 +1,116 @@
-"""The loss: a string of weighted terms, `0.5*DS+0.5*TS+10*SA`. A new term is a class in a file here and a line below."""
+"""The loss: a string of weighted terms such as `0.5*DS+0.5*TS+10*SA`.
+
+Each file of this package holds a family of terms: its classes, `TERMS`, their names in the string, and `build_term`, which
+maps the command-line flags to their constructors. The classes themselves know no flags and work in any training script.
+"""
 import torch
-from option import parse_loss
-from system.errors import UserError
 from torch import nn
 
 from loss import adversarial, affinity, consistency, contrastive, distribution, feature, nce, pixel
-from loss.step import Output, Setting, Step, Term, join
+from loss.term import Context, LossInputs, Output, Term, concatenate
+from option import parse_loss
+from system.errors import UserError
 
-__all__ = ["TERMS", "Loss", "Output", "Setting", "Step", "Term", "join"]
+__all__ = ["TERMS", "Context", "Loss", "LossInputs", "Output", "Term", "build_loss", "concatenate", "needs_of"]
 
-TERMS = {
-    "DS": pixel.DataSupervision,
-    "TS": pixel.TeacherSupervision,
-    "SA": affinity.SpatialAffinity,
-    "PSA": affinity.PooledSpatialAffinity,
-    "RBF": affinity.RadialBasisFunction,
-    "CA": feature.ChannelAffinity,
-    "IA": feature.InstanceAffinity,
-    "FSP": feature.FSP,
-    "AT": feature.AttentionTransfer,
-    "fitnet": feature.FitNet,
-    "MMD": feature.MaximumMeanDiscrepancy,
-    "CSD": contrastive.ContrastiveLoss,
-    "VGG": contrastive.Perceptual,
-    "T_DS": contrastive.TeacherDataSupervision,
-    "LC": consistency.LabelConsistency,
-    "DCR": distribution.DynamicContrastiveLoss,
-    "DMM": distribution.DistributionMapping,
-    "NCE": nce.InfoNCE,
-    "GAN": adversarial.Adversarial,
-}
+FAMILIES = {name: family for family in (pixel, affinity, feature, contrastive, consistency, distribution, nce, adversarial)
+            for name in family.TERMS}
+TERMS = {name: family.TERMS[name] for name, family in FAMILIES.items()}
 
 
-def parse(string):
-    """'0.5*DS+10*SA' -> [(0.5, 'DS'), (10.0, 'SA')] without the terms of weight 0; raises UserError for unknown ones."""
-    terms = parse_loss(string)
-    unknown = [name for _, name in terms if name not in TERMS]
+def parse(string: str) -> dict[str, float]:
+    """Parse '0.5*DS+10*SA' to {'DS': 0.5, 'SA': 10.0}, leaving out weights of 0; raises UserError."""
+    weights = {name: weight for weight, name in parse_loss(string)}
+    unknown = next((name for name in weights if name not in TERMS), None)
     if unknown:
-        raise UserError(f"loss {string!r}: there is no term {unknown[0]}; there are {', '.join(TERMS)}")
-    terms = [(weight, name) for weight, name in terms if weight]
-    if not terms:
-        raise UserError(f"loss {string!r}: every weight is 0, nothing would be learned")
-    return terms
+        raise UserError(f"loss {string!r}: there is no term {unknown}; the terms are {', '.join(TERMS)}")
+    weights = {name: weight for name, weight in weights.items() if weight}
+    if not weights:
+        raise UserError(f"loss {string!r}: every weight is 0, so nothing would be trained")
+    return weights
 
 
-def needs_of(string):
-    """What the terms of a loss string look at: a set of the words of `Term.needs`."""
-    return frozenset().union(*(TERMS[name].needs for _, name in parse(string)))
+def needs_of(string: str) -> frozenset[str]:
+    """Return what the terms of a loss string use: the union of their `needs`."""
+    return frozenset().union(*(TERMS[name].needs for name in parse(string)))
+
+
+def build_loss(string: str, context: Context) -> "Loss":
+    """Build the loss from its string and the flags; raises UserError where a term does not fit the flags or networks."""
+    weights = parse(string)
+    views, view_terms = list(context.views), context.args.view_terms if context.views else []
+    check_views(weights, views, view_terms)
+    return Loss({name: FAMILIES[name].build_term(name, context) for name in weights}, weights, view_terms)
 
 
 class Loss(nn.Module):
-    """Weighted sum of terms, over the views of a batch. `names` is the terms' order.
+    """Weighted sum of terms over the views of a batch.
 
-    On views that were made from the batch (data/views.py) a term is one of those of --view_terms, or, where none are named,
-    any that compares no feature maps. It never is one that needs a truth where there is none, or trains the teacher.
+    On views other than the original batch (data/views.py) the terms are those of `view_terms`, or, if that is empty, all
+    that compare no feature maps; never terms that need ground truth on a view without, or that train the teacher.
     """
 
-    def __init__(self, string, setting):
+    def __init__(self, terms: dict[str, Term], weights: dict[str, float], view_terms: list[str] = ()):
         super().__init__()
-        self.names = [name for _, name in parse(string)]
-        self.weights = {name: weight for weight, name in parse(string)}
-        self.needs = needs_of(string)
-        self.view_terms = setting.args.view_terms if setting.views else []
-        check_views(self, setting.views)
-        self.terms = nn.ModuleDict({name: TERMS[name](setting) for name in self.names})
+        self.weights, self.view_terms = weights, view_terms
+        self.names = list(terms)
+        self.terms = nn.ModuleDict(terms)
 
-    def looks_at(self, view, has_truth):
-        """Names of the terms that are computed on the view of that name."""
-        if view == "plain":
-            return self.names
-        asked = [name for name in self.names
-                 if (name in self.view_terms if self.view_terms else "features" not in TERMS[name].needs)]
-        missing = {"teacher_graph"} if has_truth else {"teacher_graph", "hr"}
-        return [name for name in asked if not TERMS[name].needs & missing]
+    def terms_on(self, view: str, has_hr: bool) -> list[str]:
+        """Return the names of the terms that are computed on a view."""
+        return terms_on(self.names, view, has_hr, self.view_terms)
 
-    def needs_on(self, view, has_truth):
-        """What these terms look at."""
-        return frozenset().union(*(TERMS[name].needs for name in self.looks_at(view, has_truth)))
+    def needs_on(self, view: str, has_hr: bool) -> frozenset[str]:
+        """Return what the terms on a view use."""
+        return frozenset().union(*(TERMS[name].needs for name in self.terms_on(view, has_hr)))
 
-    def forward(self, *steps):
-        """A step for each view -> (total, the weighted value of each term in the order of `names`, without a graph).
+    def forward(self, *views: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the loss in float32.
 
-        float32 throughout.
+        views: the inputs of each view. Returns the sum and, detached, the weighted value of each term in the order of
+        `names`.
         """
-        names = [self.looks_at(step.view, step.hr is not None) for step in steps]
-        with torch.autocast(steps[0].lr.device.type, enabled=False):
+        names = [self.terms_on(inputs.view, inputs.hr is not None) for inputs in views]
+        with torch.autocast(views[0].lr.device.type, enabled=False):
             values = torch.stack([
-                self.weights[name] * sum(step.weight * self.terms[name](step)
-                                         for step, looking in zip(steps, names) if name in looking)
+                self.weights[name] * sum(inputs.weight * self.terms[name](inputs)
+                                         for inputs, computed in zip(views, names) if name in computed)
                 for name in self.names])
         return values.sum(), values.detach()
 
-    def trained(self):
-        return [parameter for term in self.terms.values() for parameter in term.trained()]
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all terms that the student's optimiser trains."""
+        return [parameter for term in self.terms.values() for parameter in term.trainable_parameters()]
 
-    def update(self, step):
-        with torch.autocast(step.lr.device.type, enabled=False):
+    def update(self, inputs: LossInputs) -> None:
+        """Update the terms' own state after an optimiser step."""
+        with torch.autocast(inputs.lr.device.type, enabled=False):
             for term in self.terms.values():
-                term.update(step)
+                term.update(inputs)
 
 
-def check_views(loss, views):
-    """Raises UserError where a view and the terms that are to look at it do not fit."""
-    looking = {view: loss.looks_at(view.name, view.has_truth) for view in views}
-    for name in loss.view_terms:
-        if name not in loss.names:
-            raise UserError(f"--view_terms {name}: the loss has no such term, it has {', '.join(loss.names)}")
-        if not any(name in names for names in looking.values()):
-            raise UserError(f"--view_terms {name}: it cannot work on {' and '.join(view.name for view in views)}")
-    for view, names in looking.items():
-        if not names:
-            raise UserError(f"--upcycle {view.name}: no term of {'+'.join(loss.names)} would look at that view"
-                            + ("" if view.has_truth else ", which has no truth: add TS"))
-        large = next((name for name in names if TERMS[name].smallest > view.side), None)
+def terms_on(names: list[str], view: str, has_hr: bool, view_terms: list[str]) -> list[str]:
+    """Return those of the terms `names` that are computed on a view; see `Loss`."""
+    if view == "original":
+        return list(names)
+    chosen = [name for name in names if (name in view_terms if view_terms else "features" not in TERMS[name].needs)]
+    missing = {"teacher_grad"} if has_hr else {"teacher_grad", "hr"}
+    return [name for name in chosen if not TERMS[name].needs & missing]
+
+
+def check_views(names, views, view_terms):
+    """Raise UserError where a view and the terms on it do not fit."""
+    computed = {view: terms_on(names, view.name, view.has_hr, view_terms) for view in views}
+    for name in view_terms:
+        if name not in names:
+            raise UserError(f"--view_terms {name}: the loss has no such term, it has {', '.join(names)}")
+        if not any(name in terms for terms in computed.values()):
+            raise UserError(f"--view_terms {name}: it cannot be computed on {' or '.join(view.name for view in views)}")
+    for view, terms in computed.items():
+        if not terms:
+            raise UserError(f"--upcycle {view.name}: no term of {'+'.join(names)} can be computed on that view"
+                            + ("" if view.has_hr else ", which has no ground truth: add TS"))
+        large = next((name for name in terms if TERMS[name].min_size > view.side), None)
         if large:
-            raise UserError(f"--upcycle {view.name}: {large} needs images of {TERMS[large].smallest} pixels and more, those "
-                            f"of this view have {view.side}: give a larger --patch_size, or other --view_terms")
+            raise UserError(f"--upcycle {view.name}: {large} needs images of {TERMS[large].min_size} pixels or more, those "
+                            f"of this view have {view.side}: give a larger --patch_size or other --view_terms")

@@ -1,7 +1,8 @@
-"""GAN: the student's images against the truth, judged by a discriminator that learns along.
+"""GAN: adversarial loss with a discriminator that is trained alternately.
 
-In MCADKD (Ko et al., ICCVW 2025), and as an option in CSD (Wang et al., IJCAI 2021); the kinds are those of EDSR's code (Lim
-et al., CVPRW 2017) and LSGAN. With D(x) the discriminator's score of an image, R the truth, S the student's:
+Used by MCADKD (Ko et al., ICCVW 2025), and an option of CSD (Wang et al., IJCAI 2021); the kinds are those of EDSR's code
+(Lim et al., CVPRW 2017) and LSGAN. With D(x) the discriminator's score of an image, R the ground truth, S the student's
+output:
 
            discriminator                                       student
 GAN        softplus(-D(R)) + softplus(D(S))                    softplus(-D(S))             Goodfellow et al., NeurIPS 2014
@@ -10,18 +11,19 @@ RGAN       as GAN, of D(R) - mean D(S) and D(S) - mean D(R)    the same, R and S
 WGAN       D(S) - D(R), weights clipped to 0.01                -D(S)                       Arjovsky et al., ICML 2017
 WGAN_GP    D(S) - D(R) + 10 (|grad D| - 1)^2 in between        -D(S)                       Gulrajani et al., NeurIPS 2017
 
-each a mean over the batch. Departs from MCADKD's code, which applies the loss's weight twice, and from EDSR's, whose
-discriminator normalises over the batch and clips WGAN's weights to 1.
+each a mean over the batch. Departs from MCADKD's code, which applies the weight twice, and from EDSR's, whose discriminator
+normalises over the batch and clips WGAN's weights to 1.
 """
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from system.distributed import all_reduce_gradients, all_reduce_mean, global_batch_size, local_shard
 from torch import nn
 from torch.func import functional_call
 
-from loss.step import Term
+from loss.term import Context, LossInputs, Term
+from system.distributed import all_reduce_gradients, all_reduce_mean, global_batch_size, local_shard
 
 WIDTHS = 64, 64, 128, 128, 256, 256, 512, 512
 HIDDEN = 1024
@@ -29,13 +31,13 @@ CLIP = 0.01  # of WGAN
 PENALTY = 10  # of WGAN_GP
 
 
-def make_discriminator():
-    """N x 3 x H x W in [0, 1], of any size -> scores N x 1.
+def make_discriminator() -> nn.Sequential:
+    """Build a discriminator: N x 3 x H x W in [0, 1], of any size -> scores N x 1.
 
-    An own choice, the widths and strides of SRGAN's (Ledig et al., CVPR 2017): 3x3 convolutions with leaky ReLU, every other
-    with stride 2, and two linear layers. What reaches these is the mean over the positions, so that any size will do. Each
-    image is normalised by itself, over channels and positions, instead of over the batch: the gradient penalty requires it
-    (Gulrajani et al.) and several processes need share no statistics. Without any, WGAN's scores vanish or explode.
+    Widths and strides are SRGAN's (Ledig et al., CVPR 2017): 3x3 convolutions with leaky ReLU, every other with stride 2,
+    then, as an addition, global average pooling for inputs of any size, and two linear layers. Each image is normalised over
+    its own channels and positions, not over the batch: the gradient penalty requires that (Gulrajani et al.), and several
+    processes then share no statistics. Without normalisation WGAN's scores vanish or explode.
     """
     layers = [nn.Conv2d(3, WIDTHS[0], 3, padding=1), nn.LeakyReLU(0.2, inplace=True)]
     for index, (before, width) in enumerate(pairwise(WIDTHS)):
@@ -45,8 +47,8 @@ def make_discriminator():
                          nn.LeakyReLU(0.2, inplace=True), nn.Linear(HIDDEN, 1))
 
 
-def discriminator_loss(kind, real, fake):
-    """Scores -> scalar, without the gradient penalty of WGAN_GP."""
+def discriminator_loss(kind: str, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Compute the discriminator's loss from its scores, without the gradient penalty of WGAN_GP."""
     if kind == "LSGAN":
         return 0.5 * (real - 1).square().mean() + 0.5 * fake.square().mean()
     if kind in ("WGAN", "WGAN_GP"):
@@ -56,8 +58,8 @@ def discriminator_loss(kind, real, fake):
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
-def generator_loss(kind, real, fake):
-    """Scores -> scalar; only RGAN looks at those of the real images."""
+def generator_loss(kind: str, real: torch.Tensor | None, fake: torch.Tensor) -> torch.Tensor:
+    """Compute the student's loss from the discriminator's scores; only RGAN needs those of real images."""
     if kind == "LSGAN":
         return 0.5 * (fake - 1).square().mean()
     if kind in ("WGAN", "WGAN_GP"):
@@ -67,8 +69,8 @@ def generator_loss(kind, real, fake):
     return F.softplus(-fake).mean()
 
 
-def gradient_penalty(discriminator, real, fake):
-    """(|grad D| - 1)^2 at a random point between each real image and its fake one, from torch's generator."""
+def gradient_penalty(discriminator: nn.Module, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Compute the mean of (|grad D| - 1)^2 at a random point between each real image and its fake one."""
     part = local_shard(torch.rand(global_batch_size(len(real)), 1, 1, 1)).to(real, non_blocking=True)
     between = (part * real + (1 - part) * fake).requires_grad_()
     gradient, = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
@@ -76,51 +78,66 @@ def gradient_penalty(discriminator, real, fake):
 
 
 class Adversarial(Term):
-    """GAN. The discriminator has an Adam of its own (--gan_lr, betas 0.9 and 0.99), whose state is in the term's state_dict.
+    """GAN: the generator's loss. After each update of the student, the discriminator is updated `steps` times.
 
-    After each update of the student it learns, --gan_k times, from what the student made before that update.
+    kind: see above. The discriminator is trained on the outputs that the student had before that update, by an Adam of its
+    own with learning rate `lr` and betas 0.9 and 0.99, whose state is in the term's state_dict. Images are in [0,
+    rgb_range].
     """
+
     needs = frozenset({"hr"})
 
-    def __init__(self, setting):
-        super().__init__(setting)
-        self.args = setting.args
+    def __init__(self, kind: str = "GAN", steps: int = 1, lr: float = 1e-4, rgb_range: float = 255):
+        super().__init__()
+        self.kind, self.steps, self.lr, self.rgb_range = kind, steps, lr, rgb_range
         self.discriminator = make_discriminator()
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), self.args.gan_lr, betas=(0.9, 0.99), fused=True)
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr, betas=(0.9, 0.99), fused=True)
 
-    def trained(self):
-        return []
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        return iter(())
 
-    def forward(self, step):
-        weights = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}  # not to be trained here
-        real, fake = None, functional_call(self.discriminator, weights, self.to_input(step.student.sr))
-        if self.args.gan_type == "RGAN":
-            real = functional_call(self.discriminator, weights, self.to_input(step.hr))
-        return generator_loss(self.args.gan_type, real, fake)
+    def forward(self, inputs: LossInputs) -> torch.Tensor:
+        constants = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+        real, fake = None, functional_call(self.discriminator, constants, self.to_input(inputs.student.sr))
+        if self.kind == "RGAN":
+            real = functional_call(self.discriminator, constants, self.to_input(inputs.hr))
+        return generator_loss(self.kind, real, fake)
 
-    def update(self, step):
-        kind, parameters = self.args.gan_type, list(self.discriminator.parameters())
-        real, fake = self.to_input(step.hr), self.to_input(step.student.sr.detach())
-        for _ in range(self.args.gan_k):
-            loss = discriminator_loss(kind, *self.discriminator(torch.cat([real, fake])).chunk(2))
-            if kind == "WGAN_GP":
+    def update(self, inputs: LossInputs) -> None:
+        parameters = list(self.discriminator.parameters())
+        real, fake = self.to_input(inputs.hr), self.to_input(inputs.student.sr)
+        for _ in range(self.steps):
+            loss = discriminator_loss(self.kind, *self.discriminator(torch.cat([real, fake])).chunk(2))
+            if self.kind == "WGAN_GP":
                 loss = loss + PENALTY * gradient_penalty(self.discriminator, real, fake)
             loss.backward()
             all_reduce_gradients(parameters)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            if kind == "WGAN":
+            if self.kind == "WGAN":
                 with torch.no_grad():
                     torch._foreach_clamp_min_(parameters, -CLIP)
                     torch._foreach_clamp_max_(parameters, CLIP)
 
-    def to_input(self, images):
-        return images.to(next(self.discriminator.parameters()).dtype) / self.args.rgb_range
+    def to_input(self, images: torch.Tensor) -> torch.Tensor:
+        """Scale images to [0, 1]."""
+        return images.to(next(self.discriminator.parameters()).dtype) / self.rgb_range
 
-    def get_extra_state(self):
+    def get_extra_state(self) -> dict:
+        """Return the state of the discriminator's optimiser, for state_dict."""
         return self.optimizer.state_dict()
 
-    def set_extra_state(self, state):
+    def set_extra_state(self, state: dict) -> None:
+        """Load the state of the discriminator's optimiser; the learning rate remains the one that was given."""
         self.optimizer.load_state_dict(state)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.gan_lr  # which a resumed run may change
+            group["lr"] = self.lr
+
+
+TERMS = {"GAN": Adversarial}
+
+
+def build_term(name: str, context: Context) -> Term:
+    """Build a term of this family from the flags."""
+    args = context.args
+    return Adversarial(args.gan_type, args.gan_k, args.gan_lr, args.rgb_range)

@@ -1,44 +1,47 @@
-"""Spatial affinity and its relatives: L1 between N x N matrices of similarities of positions, N = H W.
+"""Spatial affinity: L1 between N x N matrices of the similarities of all pairs of positions, N = H W.
 
-FAKD: Feature-affinity Based Knowledge Distillation (He et al., ICIP 2020). The published code builds the matrices, 17 GB for
-one 256 x 256 map. Here a block of them exists at a time, loss and gradient are formed from it in one pass, and of the
-symmetric matrices only the upper triangle is computed.
+Source: FAKD, Feature-affinity Based Knowledge Distillation (He et al., ICIP 2020). The published code stores the matrices,
+17 GB for one 256 x 256 feature map. Here only a block exists at a time, loss and gradient are computed from it in one pass,
+and only the upper triangle of the symmetric matrices is computed.
 """
 import functools
 import itertools
 import logging
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from loss.step import Term
+from loss.term import Context, LossInputs, Term
 
 log = logging.getLogger("sr")
 EPSILON = 1e-8
-# Numbers in a block. 384 x 384 float32 take 0.6 MB: a core's second cache holds a block while it is worked on, and matrix
-# products of that size, a multiple of 16, are as fast as large ones, by one thread or two. A GPU wants few and large ones.
+# Elements of a block. 384 x 384 float32 take 0.6 MB, which fits in a core's L2 cache, and matrix products of that size, a
+# multiple of 16, are as fast as large ones, with one thread or two. A GPU needs few and large blocks.
 BLOCK = 384**2
 BLOCK_GPU = 4096**2
-TRIAL = 8, 1999  # images and positions of the maps that decide between blocks and kernel
+TRIAL = 8, 1999  # images and positions of the feature maps with which blocks and kernel are timed
 
 
-def affinity_l1(student, teacher, polynomial=None):
-    """L1, mean over B x N x N, between the cosine similarities of all pairs of positions of two maps.
+def affinity_l1(student: torch.Tensor, teacher: torch.Tensor, polynomial: Sequence[float] | None = None) -> torch.Tensor:
+    """Compute the L1, mean over B x N x N, between the spatial affinities (cosine similarities) of two feature maps.
 
-    student, teacher: B x C x H x W, their C may differ -> scalar. `polynomial` (c0, c1, ...) is applied to each similarity
-    before they are compared. Memory beyond the inputs grows with N, not N^2; not differentiable twice.
+    student, teacher: B x C x H x W, their C may differ. Returns a scalar. The polynomial c0 + c1 s + ... is applied to each
+    similarity s before they are compared. Memory beyond the inputs grows with N, not N^2. Differentiable once.
+    Raises ValueError where batch size, height or width differ.
     """
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
-        raise ValueError(f"maps of {tuple(student.shape)} and {tuple(teacher.shape)} have no common positions")
+        raise ValueError(f"feature maps {tuple(student.shape)} and {tuple(teacher.shape)} differ in batch size, height or "
+                         "width")
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (student, teacher))
     return _AffinityL1.apply(student.flatten(2).mT, teacher.flatten(2).mT, polynomial, wanted)
 
 
 class _AffinityL1(torch.autograd.Function):
-    """Of rows, B x N x C. Forward forms the gradients too: a second pass over all pairs would cost as much as the first."""
+    """Take B x N x C. Forward computes the gradients too, as a second pass over all pairs would cost as much again."""
 
     @staticmethod
     def forward(ctx, student, teacher, polynomial, wanted):
@@ -49,7 +52,7 @@ class _AffinityL1(torch.autograd.Function):
         pairs = student.shape[0] * student.shape[1] ** 2
         total, gradients = _sum(*units, polynomial, wanted)
         ctx.gradients = [None if gradient is None else _before_division(gradient.mul_(2 / pairs), unit, norm)
-                         for gradient, unit, norm in zip(gradients, units, norms)]  # 2: a similarity has two ends
+                         for gradient, unit, norm in zip(gradients, units, norms)]  # 2: by both positions of a pair
         return (total / pairs).to(student.dtype)
 
     @staticmethod
@@ -59,30 +62,31 @@ class _AffinityL1(torch.autograd.Function):
 
 
 def _before_division(gradient, unit, norm):
-    """The gradient by rows, in place of that by unit = rows / norm, where norm is the rows' norm + EPSILON."""
+    """Turn, in place, the gradient with respect to unit = rows / (|rows| + EPSILON) into that with respect to rows."""
     radial = (gradient * unit).sum(2, keepdim=True) * (norm / (norm - EPSILON).clamp_min(EPSILON**2))
     return gradient.addcmul_(unit, radial, value=-1).div_(norm)
 
 
 def _sum(student, teacher, polynomial, wanted):
-    """sum_in_blocks or, on a GPU where it is better, the same from loss/affinity_triton.py."""
-    way = sum_in_blocks
+    """Call sum_in_blocks or, on a GPU where it is faster, the Triton kernel of loss/affinity_triton.py."""
+    implementation = sum_in_blocks
     if student.is_cuda and student.dtype == torch.float32:
         widths = student.shape[2], teacher.shape[2]
-        way = _way(student.device, widths, None if polynomial is None else tuple(polynomial), wanted)
-    return way(student, teacher, polynomial, wanted)
+        implementation = _choose(student.device, widths, None if polynomial is None else tuple(polynomial), wanted)
+    return implementation(student, teacher, polynomial, wanted)
 
 
 @functools.cache
-def _way(device, widths, polynomial, wanted):
-    """The Triton kernel where it can be compiled, agrees with the blocks and is faster; else the blocks."""
+def _choose(device, widths, polynomial, wanted):
+    """Return the Triton kernel if it can be compiled, agrees with the blocks and is faster; else sum_in_blocks."""
     try:
         from loss.affinity_triton import sum_in_kernel  # noqa: PLC0415 - PyTorch without a GPU comes without triton
         faster = _is_faster(sum_in_kernel, device, widths, polynomial, wanted)
-    except Exception as error:  # whatever compiler, driver or card object to, the blocks need none of it
+    except Exception as error:  # any failure of compiler, driver or GPU: the blocks need none of them
         _log_once(f"spatial affinity without its Triton kernel: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         return sum_in_blocks
-    _log_once(f"spatial affinity by {'its Triton kernel' if faster else 'blocks, faster here than its Triton kernel'}")
+    faster_one = "the Triton kernel" if faster else "blocks, which are faster here than the Triton kernel"
+    _log_once(f"spatial affinity: {faster_one}")
     return sum_in_kernel if faster else sum_in_blocks
 
 
@@ -92,16 +96,16 @@ def _log_once(line):
 
 
 def _is_faster(kernel, device, widths, polynomial, wanted):
-    """Whether `kernel` takes less time than sum_in_blocks for random rows; RuntimeError where it gives something else."""
-    generator = torch.Generator(device).manual_seed(0)  # its own: a trial should not change what training draws
+    """Return whether `kernel` is faster than sum_in_blocks on random rows; raises RuntimeError where the results differ."""
+    generator = torch.Generator(device).manual_seed(0)  # of its own: this must not change the random numbers of training
     units = [F.normalize(torch.randn(*TRIAL, width, generator=generator, device=device), dim=2) for width in widths]
-    units[1] = F.normalize(units[1] * units[1][..., :1].sign() + 1, dim=2)  # not about 0 as well, where signs are chance
+    units[1] = F.normalize(units[1] * units[1][..., :1].sign() + 1, dim=2)  # not about 0
     seconds, results = [], []
-    for way in (kernel, sum_in_blocks):
+    for implementation in (kernel, sum_in_blocks):
         times = []
         for _ in range(4):  # the first compiles
             start = time.perf_counter()
-            total, gradients = way(*units, polynomial, wanted)
+            total, gradients = implementation(*units, polynomial, wanted)
             value = total.item()  # waits for the GPU
             times.append(time.perf_counter() - start)
         seconds.append(min(times))
@@ -111,14 +115,15 @@ def _is_faster(kernel, device, widths, polynomial, wanted):
     (value, *gradients), (expected, *expected_gradients) = results
     if not (abs(value - expected) <= 1e-5 * abs(expected)
             and all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(gradients, expected_gradients))):
-        raise RuntimeError("its value or gradient is not that of the blocks")
+        raise RuntimeError("its value or gradient differs from that of the blocks")
     return seconds[0] < seconds[1]
 
 
 def sum_in_blocks(student, teacher, polynomial, wanted):
-    """Sum of |difference| over all pairs of positions, float64, and for each map whose gradient is `wanted` half of it.
+    """Sum |difference of similarities| over all pairs of positions.
 
-    student, teacher: B x N x C, unit vectors -> scalar, [B x N x C or None] * 2
+    student, teacher: unit vectors B x N x C. Returns the sum in float64, and a list of half its gradient (B x N x C) with
+    respect to each of the two where it is `wanted`, else None.
     """
     batch, n = student.shape[:2]
     side = math.isqrt(BLOCK_GPU if student.is_cuda else BLOCK)
@@ -129,7 +134,7 @@ def sum_in_blocks(student, teacher, polynomial, wanted):
             rows, columns = (image, slice(top, top + side)), (image, slice(left, left + side))
             values, slopes = zip(*(_similarities(unit[rows], unit[columns], polynomial, want)
                                    for unit, want in zip((student, teacher), wanted)))
-            difference = values[0].sub_(values[1])  # two equal maps have equal products: no rounding gets a sign
+            difference = values[0].sub_(values[1])  # equal inputs have equal products, so that rounding gives no sign
             # abs and sum, two passes, take a fifth of the time of vector_norm(1)
             total += (1 if left == top else 2) * difference.abs().sum()
             if not any(wanted):
@@ -140,13 +145,13 @@ def sum_in_blocks(student, teacher, polynomial, wanted):
                     continue
                 weighted = sign if slope is None else slope.mul_(sign)
                 gradient[rows].addmm_(weighted, unit[columns], alpha=direction)
-                if left > top:  # the block below the diagonal is this one transposed
+                if left > top:  # the block below the diagonal is the transpose
                     gradient[columns].addmm_(weighted.T, unit[rows], alpha=direction)
     return total, gradients
 
 
 def _similarities(rows, columns, polynomial, want_slope):
-    """Similarities of all rows with all columns and, under a polynomial, its slope there if wanted (else None)."""
+    """Return the similarities of all rows with all columns and the slope of the polynomial there, if wanted, or None."""
     cosine = rows @ columns.T
     if polynomial is None:
         return cosine, None
@@ -155,50 +160,70 @@ def _similarities(rows, columns, polynomial, want_slope):
 
 
 def _horner(coefficients, x):
-    """Sum over p of coefficients[p] x^p."""
+    """Evaluate the sum over p of coefficients[p] x^p."""
     result = torch.full_like(x, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         result.mul_(x).add_(coefficient)
     return result
 
 
-def pool(x, args):
-    """--pool_size x --pool_size pooling with the same stride; a partial window at the border counts."""
-    pooling = {"max": F.max_pool2d, "avg": F.avg_pool2d}[args.pool_type]
-    return pooling(x, args.pool_size, args.pool_size, ceil_mode=True) if args.pool_size > 1 else x
+def pool(x: torch.Tensor, size: int, kind: str = "max") -> torch.Tensor:
+    """Pool with `size` x `size` windows and the same stride; partial windows at the border count. kind: max or avg."""
+    pooling = {"max": F.max_pool2d, "avg": F.avg_pool2d}[kind]
+    return pooling(x, size, size, ceil_mode=True) if size > 1 else x
 
 
 class SpatialAffinity(Term):
-    """SA: cosine similarity of all pairs of positions, summed over the maps of --features."""
+    """SA: sum over the feature maps `features` of the L1 between the spatial affinities of student and teacher."""
+
     needs = frozenset({"teacher", "features"})
     polynomial = None
 
-    def __init__(self, setting):
-        super().__init__(setting)
-        self.args = setting.args
+    def __init__(self, features: Sequence[int] = (1, 2, 3)):
+        super().__init__()
+        self.features = tuple(features)
 
-    def prepare(self, x):
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """Map a feature map to the one whose affinity is compared."""
         return x.float()
 
-    def forward(self, step):
-        return sum(affinity_l1(self.prepare(step.student.features[index]), self.prepare(step.teacher.features[index]),
-                               self.polynomial) for index in self.args.features)
+    def forward(self, inputs: LossInputs) -> torch.Tensor:
+        return sum(affinity_l1(self.prepare(inputs.student.features[index]), self.prepare(inputs.teacher.features[index]),
+                               self.polynomial) for index in self.features)
 
 
 class PooledSpatialAffinity(SpatialAffinity):
-    """PSA: SA of the pooled maps."""
+    """PSA: SA of pooled feature maps."""
 
-    def prepare(self, x):
-        return pool(x.float(), self.args)
+    def __init__(self, features: Sequence[int] = (1, 2, 3), pool_size: int = 1, pool_type: str = "max"):
+        super().__init__(features)
+        self.pool_size, self.pool_type = pool_size, pool_type
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        return pool(x.float(), self.pool_size, self.pool_type)
 
 
 class RadialBasisFunction(PooledSpatialAffinity):
-    """RBF: Gaussian kernel of positions of the pooled maps, exp(-2 gamma (1 - s)) in the cosine s, by its Taylor series
+    """RBF: Gaussian kernel exp(-2 gamma (1 - s)) of the cosine similarities s of pooled feature maps.
 
-    sum over p = 0..P of exp(-2 gamma) (2 gamma)^p / p! s^p. (Peng et al., ICCV 2019, in FAKD's code.)
+    Computed as its Taylor series, the sum over p = 0..order of exp(-2 gamma) (2 gamma)^p / p! s^p.
+    Source: Peng et al., ICCV 2019, in FAKD's code.
     """
 
-    def __init__(self, setting):
-        super().__init__(setting)
-        gamma = self.args.rbf_gamma
-        self.polynomial = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(self.args.P + 1)]
+    def __init__(self, features: Sequence[int] = (1, 2, 3), pool_size: int = 1, pool_type: str = "max", order: int = 2,
+                 gamma: float = 5):
+        super().__init__(features, pool_size, pool_type)
+        self.polynomial = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
+
+
+TERMS = {"SA": SpatialAffinity, "PSA": PooledSpatialAffinity, "RBF": RadialBasisFunction}
+
+
+def build_term(name: str, context: Context) -> Term:
+    """Build a term of this family from the flags."""
+    args, settings = context.args, dict(features=context.args.features)
+    if name != "SA":
+        settings |= dict(pool_size=args.pool_size, pool_type=args.pool_type)
+    if name == "RBF":
+        settings |= dict(order=args.P, gamma=args.rbf_gamma)
+    return TERMS[name](**settings)

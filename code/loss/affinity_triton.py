@@ -1,9 +1,9 @@
-"""The sums of affinity.py in one kernel for GPUs: of an N x N matrix no number leaves the chip.
+"""Spatial affinity as one Triton kernel for GPUs, which stores no part of the N x N matrices in global memory.
 
-A program has some rows of one image and goes over all columns. It forms a tile of both matrices, adds up |difference|, and
-multiplies its sign with the columns' vectors into the gradient of its rows. That visits every pair twice where the blocks of
-affinity.py visit it once, 6 products instead of 4; in return no two programs write to the same place, so there are no
-atomics and the same input gives the same bits.
+A program handles some rows of one image and loops over all columns. It computes a tile of both matrices, sums |difference|,
+and multiplies its sign with the columns' vectors into the gradient of its rows. Every pair is visited twice, where the
+blocks of affinity.py visit it once (6 products instead of 4). In return no two programs write to the same address, so that
+there are no atomics and the result is deterministic.
 
 Imported only where there is a GPU: `triton` comes with PyTorch for CUDA, not with PyTorch for CPUs.
 """
@@ -11,15 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-# Rows of a program, columns and channels of a step: with 64 columns the compiler moves registers to memory (compute
-# capability 8.0, 64 channels), with 32 it does not, and a step takes 16 KB of shared memory.
+# Rows of a program, columns and channels of a step. With 64 columns registers spill (compute capability 8.0, 64 channels),
+# with 32 they do not, and a step takes 16 KB of shared memory.
 ROWS, COLUMNS, CHANNELS = 64, 32, 32
-WIDEST = 128  # channels whose gradient a program's registers hold beside a tile
+MAX_CHANNELS = 128  # of the gradient that fits into a program's registers beside a tile
 
 
 @triton.jit
 def _similarities(unit, rows, columns, n, channels: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """Tile of products of an N x C map's rows and columns; 0 where either is beyond N."""
+    """Compute a tile of products of rows and columns of an N x C matrix; 0 beyond N."""
     tile = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for start in range(0, channels, CHUNK):
         channel = start + tl.arange(0, CHUNK)
@@ -33,7 +33,7 @@ def _similarities(unit, rows, columns, n, channels: tl.constexpr, CHUNK: tl.cons
 
 @triton.jit
 def _polynomial(cosine, coefficients, DEGREE: tl.constexpr):
-    """Value, without the constant that no difference shows, and slope of the polynomial; Horner's scheme for both."""
+    """Evaluate the polynomial without its constant, which cancels, and its slope by Horner's scheme."""
     quotient = tl.zeros_like(cosine)  # (value - constant) / cosine
     slope = tl.zeros_like(cosine)
     for k in tl.static_range(DEGREE):
@@ -75,25 +75,25 @@ def _kernel(student, teacher, coefficients, sums, gradient, n,
 
 
 def sum_in_kernel(student, teacher, polynomial, wanted):
-    """affinity.sum_in_blocks, for float32; ValueError for a gradient by more than WIDEST channels."""
+    """Compute affinity.sum_in_blocks for float32; raises ValueError for gradients of more than MAX_CHANNELS channels."""
     total, gradients = None, [None, None]
     for index, (one, other) in enumerate(((student, teacher), (teacher, student))):
-        if wanted[index] or (index == 0 and not any(wanted)):  # the teacher's, rarely wanted, as that of a student
+        if wanted[index] or (index == 0 and not any(wanted)):  # the teacher's gradient, rarely wanted, with roles swapped
             total, gradients[index] = _launch(one, other, polynomial, wanted[index])
     return total, gradients
 
 
 def _launch(student, teacher, polynomial, wanted):
-    """(sum over all pairs, half of its gradient by student or None)"""
+    """Return the sum over all pairs and half of its gradient with respect to `student`, or None."""
     batch, n, channels = student.shape
-    if wanted and channels > WIDEST:
-        raise ValueError(f"no kernel for the gradient by more than {WIDEST} channels")
-    degree, coefficients = -1, student  # not looked at
+    if wanted and channels > MAX_CHANNELS:
+        raise ValueError(f"no kernel for gradients of more than {MAX_CHANNELS} channels")
+    degree, coefficients = -1, student  # not read
     if polynomial is not None:
         degree, coefficients = len(polynomial) - 1, torch.tensor(polynomial, dtype=torch.float32, device=student.device)
     sums = student.new_empty(batch, n)
     gradient = torch.empty_like(student) if wanted else None
-    width = max(16, triton.next_power_of_2(channels)) if wanted else 16  # tl.dot has at least 16
+    width = max(16, triton.next_power_of_2(channels)) if wanted else 16  # tl.dot needs at least 16
     with torch.cuda.device_of(student):  # Triton launches on the current GPU
         _kernel[(triton.cdiv(n, ROWS), batch)](
             student, teacher, coefficients, sums, gradient if wanted else sums, n, channels, teacher.shape[2], degree,
@@ -102,6 +102,6 @@ def _launch(student, teacher, polynomial, wanted):
 
 
 def _precision(device):
-    """How tl.dot multiplies float32: by three products of 11-bit parts, which drop 2^-22 of it, on tensor cores that can."""
+    """Return the precision of tl.dot: on tensor cores three TF32 products, whose relative error is about 2^-22."""
     can = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
     return "tf32x3" if can else "ieee"

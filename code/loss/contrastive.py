@@ -1,27 +1,31 @@
-"""Contrast in the features of a frozen network: near to the teacher, far from bad images.
+"""Contrastive loss in VGG-19's feature space: the student's output near the teacher's and far from upsampled LR images.
 
-CSD: Towards Compact Single Image Super-Resolution via Contrastive Self-distillation (Wang et al., IJCAI 2021).
+Source: CSD, Towards Compact Single Image Super-Resolution via Contrastive Self-distillation (Wang et al., IJCAI 2021).
 """
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from system.distributed import all_gather, all_reduce_mean, global_batch_size, local_shard
-from system.errors import UserError
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from loss.frozen import once
-from loss.step import Term, images_together
+from loss.term import Context, LossInputs, Term
 from loss.vgg import SMALLEST, shared_vgg, without_graph
+from system.distributed import all_gather, all_reduce_mean, global_batch_size, local_shard
+from system.errors import UserError
 
 WEIGHTS = 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1
 EPSILON = 1e-7
 
 
-def contrast_l1(student, teacher, negatives, chosen=None):
-    """sum_i w_i d(f_i(T), f_i(S)) / (sum_k d(f_i(S), f_i(N_k)) + 1e-7), d the mean absolute difference.
+def contrast_l1(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], negatives: Sequence[torch.Tensor],
+                chosen: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute sum_i w_i d(f_i(T), f_i(S)) / (sum_k d(f_i(S), f_i(N_k)) + 1e-7), d the mean absolute difference.
 
-    student, teacher: for each level i, N x C x H x W; negatives: M x C x H x W. chosen, K x N: the k-th negative of each of
-    the N anchors; without it all M are negatives of every anchor. The differences to the negatives are not kept for the
-    backward pass but computed again there: K of them would take more memory than the networks.
+    student, teacher: for each level i, N x C x H x W; negatives: M x C x H x W. chosen: K x N, the index of the k-th
+    negative of each of the N anchors; without it all M are negatives of every anchor. Differences to the negatives are
+    recomputed in the backward pass (checkpointing), since K of them would take more memory than the networks.
     """
     total = 0
     for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
@@ -31,11 +35,13 @@ def contrast_l1(student, teacher, negatives, chosen=None):
     return total
 
 
-def contrast_cos(student, teacher, negatives, chosen=None):
-    """sum_i w_i (-log(exp(cos(T, S)) / (exp(c) + 1e-7))), arguments as of `contrast_l1`; as published:
+def contrast_cos(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], negatives: Sequence[torch.Tensor],
+                 chosen: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute sum_i w_i (-log(exp(cos(T, S)) / (exp(c) + 1e-7))), with the arguments of `contrast_l1`.
 
-    cos(T, S) is the cosine along the batch axis, mean over the other axes; in c, samples are flattened and normalised, their
-    elementwise products with each negative are summed over the negatives and averaged over samples and elements.
+    As published: cos(T, S) is the cosine along the batch axis, mean over the other axes; for c, samples are flattened and
+    normalised, their elementwise products with each negative are summed over the negatives and averaged over samples and
+    elements.
     """
     total = 0
     for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
@@ -47,14 +53,14 @@ def contrast_cos(student, teacher, negatives, chosen=None):
     return total
 
 
-def cosine_along_batch(first, second):
-    """N x C x H x W each -> C x H x W."""
+def cosine_along_batch(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Compute the cosine similarity along the batch axis: N x C x H x W each -> C x H x W."""
     products, *squares = (all_reduce_mean((x * y).sum(0)) for x, y in ((first, second), (first, first), (second, second)))
     return products / (squares[0] * squares[1]).clamp_min(1e-16).sqrt()  # as F.cosine_similarity has it
 
 
 def all_of(negatives, anchors):
-    """K x N, each of the K negatives for every one of the N anchors."""
+    """Return K x N indices: each of the K negatives for every one of the N anchors."""
     return torch.arange(len(negatives), device=anchors.device)[:, None].expand(-1, len(anchors))
 
 
@@ -62,82 +68,100 @@ def distance(anchors, others, row):
     return F.l1_loss(anchors, others[row])
 
 
-def others_of_the_batch(images, count):
-    """count x N: for each of `images` anchors that many different others, never itself, each as often a negative as any."""
+def draw_negatives(images: int, count: int) -> torch.Tensor:
+    """Draw for each of the images `count` different others: count x N, where each image is as often a negative as any."""
     shifts = 1 + torch.randperm(images - 1)[:count]
     return (torch.arange(images) + shifts[:, None]) % images
 
 
-def student_maps(vgg, step):
-    return once(step, "vgg_student", lambda: vgg(step.student.sr))
+def student_features(vgg, inputs):
+    return once(inputs, "vgg_student", lambda: vgg(inputs.student.sr))
 
 
 class ContrastiveLoss(Term):
-    """CSD: contrast in VGG-19's relu1_1, relu2_1, relu3_1, relu4_1, relu5_1, with --d_func L1 or cos.
+    """CSD: contrast in VGG-19's relu1_1, relu2_1, relu3_1, relu4_1 and relu5_1.
 
-    Negatives are --neg_num other LR images of the batch, upsampled by the bicubic kernel that LR was made with. Departs from
-    the published code: there an image can be its own negative, VGG gets [0, 255] without ImageNet's normalisation, and a
-    graph of teacher and negatives is kept that nothing uses.
+    vgg: loss.vgg.VGG19. negatives: how many other LR images of the batch, bicubically upsampled, each anchor has. distance:
+    L1 or cos. Departs from the published code: there an image can be its own negative, VGG is given [0, 255] without
+    ImageNet's normalisation, and a graph of teacher and negatives is kept that nothing uses.
     """
+
     needs = frozenset({"teacher"})
-    smallest = SMALLEST
+    min_size = SMALLEST
 
-    def __init__(self, setting):
-        super().__init__(setting)
-        self.count = setting.args.neg_num
-        self.contrast = {"L1": contrast_l1, "cos": contrast_cos}[setting.args.d_func]
-        self.require_batch(*images_together(setting.args))
-        object.__setattr__(self, "vgg", shared_vgg(setting))
+    def __init__(self, vgg: nn.Module, negatives: int = 10, distance: str = "L1"):
+        super().__init__()
+        self.negatives = negatives
+        self.contrast = {"L1": contrast_l1, "cos": contrast_cos}[distance]
+        object.__setattr__(self, "vgg", vgg)  # not a submodule: it is neither trained nor saved
 
-    def require_batch(self, size, said):
-        if self.count > size - 1:
-            remedy = f" or --neg_num {size - 1} at most" if size > 1 else ""
-            raise UserError(f"CSD: --neg_num {self.count} negatives are other images of the batch, too many for "
-                            f"{said}: give --batch_size {self.count + 1} or more{remedy}")
-
-    def others(self, step):
-        """Maps of the teacher's output and of upsampled LR images of the batch, and which of these are whose negatives."""
-        self.require_batch(global_batch_size(len(step.lr)), f"a batch of {global_batch_size(len(step.lr))}")
-        chosen = local_shard(others_of_the_batch(global_batch_size(len(step.lr)), self.count).T).T
+    def other_features(self, inputs: LossInputs) -> tuple:
+        """Compute the features of the teacher's output and of upsampled LR images, and which negatives each anchor has."""
+        images = global_batch_size(len(inputs.lr))
+        if self.negatives > images - 1:
+            raise UserError(f"CSD: {self.negatives} negatives are other images of the batch, which has {images}: give a "
+                            "larger --batch_size or a smaller --neg_num")
+        chosen = local_shard(draw_negatives(images, self.negatives).T).T
         used, chosen = chosen.unique(return_inverse=True)
-        lr = all_gather(step.lr)[used.to(step.lr.device, non_blocking=True)]
-        upsampled = F.interpolate(lr, size=step.student.sr.shape[-2:], mode="bicubic", antialias=True)
-        return *without_graph(self.vgg, step.teacher.sr, upsampled), chosen
+        lr = all_gather(inputs.lr)[used.to(inputs.lr.device, non_blocking=True)]
+        upsampled = F.interpolate(lr, size=inputs.student.sr.shape[-2:], mode="bicubic", antialias=True)
+        return *without_graph(self.vgg, inputs.teacher.sr, upsampled), chosen
 
-    def forward(self, step):
-        return self.contrast(student_maps(self.vgg, step), *self.others(step))
+    def forward(self, inputs: LossInputs) -> torch.Tensor:
+        return self.contrast(student_features(self.vgg, inputs), *self.other_features(inputs))
 
 
-class Perceptual(Term):
-    """VGG: sum_i w_i L1(f_i(S), f_i(HR)) over the levels and weights of CSD, the perceptual loss of pix2pixHD
+class PerceptualLoss(Term):
+    """VGG: sum_i w_i L1(f_i(S), f_i(HR)) over the levels and weights of CSD.
 
-    (Johnson et al., ECCV 2016; Wang et al., CVPR 2018). EDSR's code takes the squared difference of one layer, conv5_4.
+    Source: Johnson et al., ECCV 2016, in the form of pix2pixHD (Wang et al., CVPR 2018). EDSR's code takes the squared
+    difference of one layer, conv5_4.
     """
+
     needs = frozenset({"hr"})
-    smallest = SMALLEST
+    min_size = SMALLEST
 
-    def __init__(self, setting):
-        super().__init__(setting)
-        object.__setattr__(self, "vgg", shared_vgg(setting))
+    def __init__(self, vgg: nn.Module):
+        super().__init__()
+        object.__setattr__(self, "vgg", vgg)
 
-    def forward(self, step):
-        (truth,) = without_graph(self.vgg, step.hr)
-        student = student_maps(self.vgg, step)
-        return sum(weight * F.l1_loss(s, t) for weight, s, t in zip(WEIGHTS, student, truth, strict=True))
+    def forward(self, inputs: LossInputs) -> torch.Tensor:
+        (target,) = without_graph(self.vgg, inputs.hr)
+        student = student_features(self.vgg, inputs)
+        return sum(weight * F.l1_loss(s, t) for weight, s, t in zip(WEIGHTS, student, target, strict=True))
 
 
 class TeacherDataSupervision(Term):
-    """T_DS: L1(T, HR), the teacher's own supervision where it is trained along; 0 from epoch --t_l_remove on."""
-    needs = frozenset({"hr", "teacher", "teacher_graph"})
+    """T_DS: L1(T, HR), the supervision of a teacher that is trained too, in the first `iterations` (None: in all)."""
 
-    def __init__(self, setting):
-        super().__init__(setting)
-        if not setting.args.width_mult:
-            raise UserError("T_DS trains the teacher, which is fixed here: it needs a student that is a slice of it, "
-                            "--width_mult")
-        self.end = setting.args.t_l_remove * setting.args.test_every
+    needs = frozenset({"hr", "teacher", "teacher_grad"})
 
-    def forward(self, step):
-        if step.iteration >= self.end:
-            return step.hr.new_zeros(())
-        return F.l1_loss(step.teacher_graph, step.hr)
+    def __init__(self, iterations: int | None = None):
+        super().__init__()
+        self.iterations = iterations
+
+    def forward(self, inputs: LossInputs) -> torch.Tensor:
+        if self.iterations is not None and inputs.iteration >= self.iterations:
+            return inputs.hr.new_zeros(())
+        return F.l1_loss(inputs.teacher_sr_with_grad, inputs.hr)
+
+
+TERMS = {"CSD": ContrastiveLoss, "VGG": PerceptualLoss, "T_DS": TeacherDataSupervision}
+
+
+def build_term(name: str, context: Context) -> Term:
+    """Build a term of this family from the flags; raises UserError where it does not fit them."""
+    args = context.args
+    if name == "VGG":
+        return PerceptualLoss(shared_vgg(context))
+    if name == "T_DS":
+        if not args.width_mult:
+            raise UserError("T_DS trains the teacher, which is fixed here: it needs a student that is a slice of "
+                            "the teacher, --width_mult")
+        return TeacherDataSupervision(args.t_l_remove * args.test_every)
+    images, flags = context.images_per_step()
+    if args.neg_num > images - 1:
+        remedy = f" or --neg_num {images - 1} at most" if images > 1 else ""
+        raise UserError(f"CSD: --neg_num {args.neg_num} negatives are other images of the batch, too many for {flags}: give "
+                        f"--batch_size {args.neg_num + 1} or more{remedy}")
+    return ContrastiveLoss(shared_vgg(context), args.neg_num, args.d_func)

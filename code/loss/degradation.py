@@ -1,16 +1,17 @@
-"""Random degradations of batches of images: blur, resizing and back, noise, in this order."""
+"""Random degradations of batches of images: blur, resizing to another size and back, noise, in this order."""
 import torch
 import torch.nn.functional as F
+
 from system.distributed import global_batch_size, local_shard
 
 RADIUS = 5  # of the largest blur kernel, 11
 
 
-def degrade(images, rgb_range, noise=1, blur=0, resize=0):
-    """N x 3 x H x W in [0, rgb_range] -> the same; noise, blur, resize: the probability of each, per image.
+def degrade(images: torch.Tensor, rgb_range: float, noise: float = 1, blur: float = 0, resize: float = 0) -> torch.Tensor:
+    """Degrade images N x 3 x H x W in [0, rgb_range]; noise, blur and resize are the probabilities of each, per image.
 
-    Strengths are drawn per image, those of resizing for the whole batch. Random numbers are torch's: the noise itself from
-    the generator of the images' device, everything else from the CPU's.
+    Strengths are drawn per image, those of resizing for the whole batch. The noise comes from the default generator of the
+    images' device, all other random numbers from that of the CPU. Source: DCKD (Zhou et al., AAAI 2025).
     """
     for probability, operation in ((blur, random_blur), (resize, random_resize), (noise, random_noise)):
         chosen = torch.rand(global_batch_size(len(images))) < probability
@@ -21,8 +22,8 @@ def degrade(images, rgb_range, noise=1, blur=0, resize=0):
     return images
 
 
-def random_noise(images, rgb_range):
-    """Gaussian noise, sigma uniform in [1, 30] out of 255; with probability 0.5 gray, the same in all channels."""
+def random_noise(images: torch.Tensor, rgb_range: float) -> torch.Tensor:
+    """Add Gaussian noise, sigma uniform in [1, 30] out of 255; with probability 0.5 gray, equal in all channels."""
     sigma = uniform(len(images), 1, 30).view(-1, 1, 1, 1) * (rgb_range / 255)
     gray = local_shard(torch.rand(global_batch_size(len(images))) < 0.5).view(-1, 1, 1, 1)
     shape = global_batch_size(len(images)), *images.shape[1:]
@@ -31,8 +32,8 @@ def random_noise(images, rgb_range):
     return images + noise * sigma.to(images, non_blocking=True)
 
 
-def random_blur(images, _):
-    """Gaussian kernel of an odd size in 3..11, sigma in [0.1, 2] for each axis; edge pixels are repeated beyond the edge."""
+def random_blur(images: torch.Tensor, _) -> torch.Tensor:
+    """Blur with a Gaussian of odd size in 3..11 and sigma in [0.1, 2] for each axis; edge pixels are replicated."""
     radius = local_shard(torch.randint(1, RADIUS + 1, (global_batch_size(len(images)), 1)))
     for axis in (2, 3):
         kernels = gaussian(uniform(len(images), 0.1, 2)[:, None], radius).to(images, non_blocking=True)
@@ -41,14 +42,14 @@ def random_blur(images, _):
 
 
 def gaussian(sigma, radius):
-    """N x 1 each -> N x 11 kernels of sum 1, zero beyond the radius."""
+    """Compute N x 11 kernels of sum 1, zero beyond the radius, from N x 1 of each."""
     place = torch.arange(-RADIUS, RADIUS + 1)
     kernel = torch.exp(-0.5 * (place / sigma) ** 2) * (place.abs() <= radius)
     return kernel / kernel.sum(1, keepdim=True)
 
 
 def blur_axis(images, kernels, axis):
-    """Each image's channels by its own kernel, along axis 2 or 3."""
+    """Blur each image by its own kernel along axis 2 or 3."""
     n, c, height, width = images.shape
     padding = (0, 0, RADIUS, RADIUS) if axis == 2 else (RADIUS, RADIUS, 0, 0)
     padded = F.pad(images, padding, mode="replicate")
@@ -56,8 +57,8 @@ def blur_axis(images, kernels, axis):
     return F.conv2d(padded.reshape(1, n * c, *padded.shape[2:]), kernels, groups=n * c).view(n, c, height, width)
 
 
-def random_resize(images, _):
-    """To a factor uniform in [0.5, 1.5] of its size and back, each way by area, bilinear or bicubic interpolation."""
+def random_resize(images: torch.Tensor, _) -> torch.Tensor:
+    """Resize by a factor uniform in [0.5, 1.5] and back, each by area, bilinear or bicubic interpolation."""
     size = images.shape[2:]
     factor = 0.5 + torch.rand(()).item()
     for target in ([max(1, round(side * factor)) for side in size], size):
@@ -67,5 +68,5 @@ def random_resize(images, _):
 
 
 def uniform(count, low, high):
-    """A number for each of the images of this process's part."""
+    """Draw a number for each of the images of the local shard."""
     return low + (high - low) * local_shard(torch.rand(global_batch_size(count)))

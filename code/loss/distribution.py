@@ -1,90 +1,112 @@
-"""Distillation in a VQGAN's features and codes: DCKD (Zhou et al., AAAI 2025).
+"""Distillation in the feature space and the code distributions of a VQGAN: DCKD (Zhou et al., AAAI 2025).
 
-The images are shown to the VQGAN in [-1, 1], on which it was trained; DCKD's published code shows it [0, 1].
+The VQGAN is given images in [-1, 1], on which it was trained; DCKD's published code gives it [0, 1].
 """
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from system.errors import UserError
+from torch import nn
 
 from loss.contrastive import contrast_l1
 from loss.degradation import degrade
 from loss.frozen import once
-from loss.step import Term
+from loss.term import Context, LossInputs, Term
 from loss.vgg import without_graph
 from loss.vqgan import shared_vqgan
+from system.errors import UserError
 
-SPAN = 100_000  # iterations after which the next number of --history_every holds
-INERTIA = 0.1
+PERIOD = 100_000  # iterations after which the next element of `history_every` applies
+HISTORY_DECAY = 0.1
 
 
-def divergence(student, teacher):
-    """-sum_k C_T log C_S, mean over positions; student, teacher: positions x codes, logits of the distributions C."""
+def cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Compute -sum_k C_T log C_S, mean over positions, from the logits of the distributions C, positions x codes each."""
     return -(F.softmax(teacher, 1) * F.log_softmax(student, 1)).sum(1).mean()
 
 
-def student_maps(net, step):
-    return once(step, "vqgan_student", lambda: net(step.student.sr))
+def student_features(vqgan, inputs):
+    return once(inputs, "vqgan_student", lambda: vqgan(inputs.student.sr))
 
 
 class DistributionMapping(Term):
-    """DMM: cross-entropy between the distributions over the VQGAN's codes, C = softmax(max d - d) of the squared distances d
+    """DMM: cross-entropy between the distributions of student and teacher over the codes of the VQGAN.
 
-    of z = quant_conv(encoder(image)) to the codes; the teacher's is a constant, whose entropy is the least the term can be.
-    Departs from the published code, which passes probabilities to a cross-entropy that applies softmax once more.
+    C = softmax(max d - d), with the squared distances d of z = quant_conv(encoder(image)) to the codes. The entropy of the
+    teacher's distribution is the least that the term can be. Departs from the published code, which passes probabilities to
+    a cross-entropy that applies softmax once more. vqgan: loss.vqgan.VQGAN.
     """
+
     needs = frozenset({"teacher"})
 
-    def __init__(self, setting):
-        super().__init__(setting)
-        object.__setattr__(self, "vqgan", shared_vqgan(setting))
+    def __init__(self, vqgan: nn.Module):
+        super().__init__()
+        object.__setattr__(self, "vqgan", vqgan)  # not a submodule: it is neither trained nor saved
 
-    def logits(self, maps):
-        return self.vqgan.code_logits(self.vqgan.latent(maps[-1]))
+    def logits(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Compute the logits of the code distributions from the encoder's features."""
+        return self.vqgan.code_logits(self.vqgan.latent(features[-1]))
 
-    def forward(self, step):
-        teacher = once(step, "vqgan_teacher", lambda: without_graph(self.vqgan, step.teacher.sr)[0])
-        return divergence(self.logits(student_maps(self.vqgan, step)), self.logits(teacher))
+    def forward(self, inputs: LossInputs) -> torch.Tensor:
+        teacher = once(inputs, "vqgan_teacher", lambda: without_graph(self.vqgan, inputs.teacher.sr)[0])
+        return cross_entropy(self.logits(student_features(self.vqgan, inputs)), self.logits(teacher))
 
 
 class DynamicContrastiveLoss(Term):
     """DCR: contrast_l1 in the first residual block of each level of the VQGAN's encoder.
 
-    Negatives are outputs of the history model on LR and on --dcr_negatives degradations of LR. The history model starts as
-    the student, and every s iterations becomes 0.1 of itself + 0.9 of the student's moving average; s is the first number of
-    --history_every in the first 100,000 iterations, the second in the next, and so on.
+    Negatives are the outputs of the history model for LR and for `negatives` degradations of LR, each with noise, blur and
+    resizing at these probabilities. The history model is a copy of `student`. Every s iterations it becomes 0.1 of itself +
+    0.9 of the student's moving average, where s is the first element of `history_every` in the first 100,000 iterations, the
+    second in the next, and so on. vqgan: loss.vqgan.VQGAN. Raises ValueError where no input would be degraded.
     """
+
     needs = frozenset({"teacher"})
 
-    def __init__(self, setting):
-        super().__init__(setting)
-        self.args = setting.args
-        if not self.args.dcr_negatives or not (self.args.dcr_noise or self.args.dcr_blur or self.args.dcr_resize):
-            raise UserError("DCR: without degraded inputs its negatives are the student's own images: give --dcr_negatives "
-                            "and one of --dcr_noise, --dcr_blur, --dcr_resize")
-        object.__setattr__(self, "vqgan", shared_vqgan(setting))
-        self.history = copy.deepcopy(setting.student).eval().requires_grad_(False)
+    def __init__(self, vqgan: nn.Module, student: nn.Module, negatives: int = 4, noise: float = 1, blur: float = 0,
+                 resize: float = 0, history_every: Sequence[int] = (1000, 2000, 3000), rgb_range: float = 255):
+        super().__init__()
+        if not negatives or not (noise or blur or resize):
+            raise ValueError("without degraded inputs the negatives are the student's own images")
+        self.negatives, self.degradation = negatives, dict(noise=noise, blur=blur, resize=resize)
+        self.history_every, self.rgb_range = list(history_every), rgb_range
+        object.__setattr__(self, "vqgan", vqgan)
+        self.history = copy.deepcopy(student).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def negatives(self, step):
-        """Outputs of the history model, (1 + --dcr_negatives) N images."""
-        args = self.args
-        degraded = [degrade(step.lr, args.rgb_range, args.dcr_noise, args.dcr_blur, args.dcr_resize)
-                    for _ in range(args.dcr_negatives)]
-        return step.run(self.history, torch.cat([step.lr, *degraded]))
+    def history_outputs(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute the outputs of the history model: (1 + negatives) N images."""
+        degraded = [degrade(inputs.lr, self.rgb_range, **self.degradation) for _ in range(self.negatives)]
+        return inputs.forward(self.history, torch.cat([inputs.lr, *degraded]))
 
-    def forward(self, step):
-        negatives = self.negatives(step)
-        if "vqgan_teacher" in step.kept:
+    def forward(self, inputs: LossInputs) -> torch.Tensor:
+        negatives = self.history_outputs(inputs)
+        if "vqgan_teacher" in inputs.cache:
             (others,) = without_graph(self.vqgan, negatives)
         else:
-            step.kept["vqgan_teacher"], others = without_graph(self.vqgan, step.teacher.sr, negatives)
-        chosen = torch.arange(len(negatives)).view(-1, len(step.lr))  # the k-th negative of an image is its own degradation
-        return contrast_l1(student_maps(self.vqgan, step), step.kept["vqgan_teacher"], others, chosen)
+            inputs.cache["vqgan_teacher"], others = without_graph(self.vqgan, inputs.teacher.sr, negatives)
+        chosen = torch.arange(len(negatives)).view(-1, len(inputs.lr))  # the negatives of an image are its own degradations
+        return contrast_l1(student_features(self.vqgan, inputs), inputs.cache["vqgan_teacher"], others, chosen)
 
     @torch.no_grad()
-    def update(self, step):
-        every = self.args.history_every[min(step.iteration // SPAN, len(self.args.history_every) - 1)]
-        if (step.iteration + 1) % every == 0:
-            torch._foreach_lerp_(list(self.history.parameters()), list(step.average.parameters()), 1 - INERTIA)
+    def update(self, inputs: LossInputs) -> None:
+        every = self.history_every[min(inputs.iteration // PERIOD, len(self.history_every) - 1)]
+        if (inputs.iteration + 1) % every == 0:
+            torch._foreach_lerp_(list(self.history.parameters()), list(inputs.ema_student.parameters()), 1 - HISTORY_DECAY)
+
+
+TERMS = {"DCR": DynamicContrastiveLoss, "DMM": DistributionMapping}
+
+
+def build_term(name: str, context: Context) -> Term:
+    """Build a term of this family from the flags; raises UserError where it does not fit them."""
+    args = context.args
+    if name == "DMM":
+        return DistributionMapping(shared_vqgan(context))
+    try:
+        return DynamicContrastiveLoss(
+            shared_vqgan(context), context.student, args.dcr_negatives, args.dcr_noise, args.dcr_blur, args.dcr_resize,
+            args.history_every, args.rgb_range)
+    except ValueError as error:
+        raise UserError(f"DCR: {error}: give --dcr_negatives and one of --dcr_noise, --dcr_blur, --dcr_resize") from None

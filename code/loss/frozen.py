@@ -1,6 +1,6 @@
 """Networks that judge images and are never trained: from their released files, or untrained ones for trying things out.
 
-A run holds each once, in `setting.kept`; a term keeps it outside of its own modules (`object.__setattr__`), so that it is
+A run holds each once, in `context.shared`; a term keeps it outside of its own modules (`object.__setattr__`), so that it is
 in no state_dict and no optimiser. A step runs each image through it once, by `once`. `title` is its name in messages.
 """
 import logging
@@ -8,24 +8,25 @@ import math
 from pathlib import Path
 
 import torch
+
 from model.loading import CheckpointError
 
 log = logging.getLogger("sr")
 
 
-def frozen(setting, name, make):
+def frozen(context, name, make):
     """The network `name` of this run: `make(args)` is called once; no gradients, eval mode, on the run's device."""
-    if name not in setting.kept:
-        setting.kept[name] = make(setting.args).eval().requires_grad_(False)
-        setting.kept[name].to(setting.device, memory_format=torch.channels_last)
-    return setting.kept[name]
+    if name not in context.shared:
+        context.shared[name] = make(context.args).eval().requires_grad_(False)
+        context.shared[name].to(context.device, memory_format=torch.channels_last)
+    return context.shared[name]
 
 
-def once(step, key, compute):
-    """`compute()` of the first term that asks for `key` in this step, for all."""
-    if key not in step.kept:
-        step.kept[key] = compute()
-    return step.kept[key]
+def once(inputs, key, compute):
+    """`compute()` of the first term that asks for `key` on these inputs, for all."""
+    if key not in inputs.cache:
+        inputs.cache[key] = compute()
+    return inputs.cache[key]
 
 
 def require_file(path, name, flag):

@@ -1,41 +1,42 @@
-"""NCE: multi-scale contrast of student and teacher images (MCADKD: Ko et al., ICCVW 2025).
+"""NCE: multi-scale InfoNCE between student and teacher images (MCADKD: Ko et al., ICCVW 2025).
 
--(pos - logsumexp(negatives)), of cosine similarities of learned embeddings over a learned temperature. The positive of a
-student's image is the teacher's of the same input, its negatives are the teacher's others. The term is 0.3 x that
-of whole images + 0.7 x that of random patches, where the other patches of the same image are negatives as well.
+-(pos - logsumexp(negatives)) of the cosine similarities of learned embeddings, divided by a learned temperature. The
+positive of a student image is the teacher image of the same input, its negatives are the other teacher images of the batch.
+The term is 0.3 x that of whole images + 0.7 x that of random patches, where the other patches of the same image are
+negatives too.
 
-Departs from the published code: student and teacher patches come from the same places, different ones in each image;
-embeddings and temperature are learned, by the student's optimiser; `hard` keeps the more similar half of the negatives, not
-all; the loss's weight is applied once. Over the negatives only, the loss falls without bound as the temperature goes to 0,
-which is therefore kept at 0.01 or above, as in CLIP (Radford et al., ICML 2021).
+Departs from the published code: student and teacher patches are cropped at the same places, different ones in each image;
+embeddings and temperature are trained, by the student's optimiser; `hard` keeps the most similar half of the negatives, not
+all; the weight is applied once. With the negatives alone in the denominator, the loss has no lower bound as the temperature
+goes to 0, which is therefore kept at 0.01 or above, as in CLIP (Radford et al., ICML 2021).
 """
 import math
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from system.distributed import all_gather, global_batch_size, local_shard, rank
-from system.errors import UserError
 from torch import nn
 
-from loss.step import Term, images_together
+from loss.term import Context, LossInputs, Term
+from system.distributed import all_gather, global_batch_size, local_shard, rank
+from system.errors import UserError
 
 SHARES = {"hybrid": {"image": 0.3, "patch": 0.7}, "image": {"image": 1}, "patch": {"patch": 1}}
 WIDTHS = {"image": (3, 128), "patch": (3, 64, 128)}
-TEMPERATURE, LEAST_TEMPERATURE = 0.07, 0.01
+TEMPERATURE, MIN_TEMPERATURE = 0.07, 0.01
 
 
-def info_nce(student, teacher, temperature, mining="hard", denominator="negatives", first=0):
-    """L2-normalised embeddings, M x D and N x D, row i of the one belongs to row first + i of the other -> scalar, the mean
+def info_nce(student: torch.Tensor, teacher: torch.Tensor, temperature: torch.Tensor | float, mining: str = "hard",
+             denominator: str = "negatives", first: int = 0) -> torch.Tensor:
+    """Compute InfoNCE of L2-normalised embeddings M x D and N x D, mean over the M student embeddings.
 
-    over the students.
-
-    `hard` keeps of the N - 1 negatives of each the half that is most similar, rounded up; `all` keeps all. The denominator
-    is a sum over the negatives, as published, or, `standard`, over the positive as well.
+    Row i of `student` and row first + i of `teacher` are a positive pair. mining: `hard` keeps the most similar half,
+    rounded up, of the N - 1 negatives of each, `all` keeps all. denominator: `negatives`, a sum over the negatives as
+    published, or `standard`, over the positive too. Raises ValueError where there are no negatives.
     """
     count = len(teacher)
     if count < 2:
-        raise ValueError("one embedding alone has no negatives")
+        raise ValueError("a single embedding has no negatives")
     similarities = student @ teacher.T / temperature
     positive = similarities.diagonal(first)
     itself = torch.arange(count, device=student.device) == first + torch.arange(len(student), device=student.device)[:, None]
@@ -45,16 +46,16 @@ def info_nce(student, teacher, temperature, mining="hard", denominator="negative
     return (candidates.logsumexp(1) - positive).mean()
 
 
-def draw_places(images, size, count):
-    """Corners of `count` different patches in each image, from torch's generator -> their rows and columns, B x count."""
+def draw_places(images: torch.Tensor, size: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the corners of `count` different patches in each image: their rows and columns, B x count each."""
     rows, columns = (side - size + 1 for side in images.shape[2:])
     places = torch.multinomial(torch.ones(global_batch_size(len(images)), rows * columns), min(count, rows * columns))
     places = local_shard(places).to(images.device, non_blocking=True)
     return places // columns, places % columns
 
 
-def crop(images, places, size):
-    """B x C x H x W, corners as of `draw_places` -> the patches, (B count) x C x size x size, those of an image in a row."""
+def crop(images: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor], size: int) -> torch.Tensor:
+    """Crop patches at the corners of `draw_places`: B x C x H x W -> (B count) x C x size x size, image after image."""
     across = torch.arange(size, device=images.device)
     rows, columns = (corners[:, :, None] + across for corners in places)  # B x count x size
     image = torch.arange(len(images), device=images.device)[:, None, None, None]
@@ -62,36 +63,66 @@ def crop(images, places, size):
     return patches.flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def make_embedding(widths):
-    """3x3 convolutions through these widths, each with ReLU, mean over the positions, a linear layer to 256."""
+def make_embedding(widths: tuple[int, ...]) -> nn.Sequential:
+    """Build 3x3 convolutions of these widths, each with ReLU, global average pooling, and a linear layer to 256."""
     layers = [(nn.Conv2d(*pair, 3, padding=1), nn.ReLU(inplace=True)) for pair in pairwise(widths)]
     return nn.Sequential(*sum(layers, ()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 256))
 
 
 class InfoNCE(Term):
-    """NCE. Images reach the embeddings in [0, 1].
+    """NCE: InfoNCE of whole images, of patches, or of both (kind image, patch, hybrid).
 
-    One embedding serves student and teacher and learns from both sides, as in SimCLR (Chen et al., ICML 2020). Nothing is
-    gained by mapping all to one point: with the negatives as near as the positive, the loss is the log of their number.
+    patches, patch_size: crops per image and their side in HR pixels. Images are in [0, rgb_range] and reach the embeddings
+    in [0, 1]. One embedding serves student and teacher and is trained on both sides, as in SimCLR (Chen et al., ICML 2020).
+    It does not collapse: where all embeddings are equal, the loss is the logarithm of the number of negatives.
     """
+
     needs = frozenset({"teacher"})
 
-    def __init__(self, setting):
-        super().__init__(setting)
-        args = self.args = setting.args
-        self.shares = SHARES[args.nce_type]
-        images, said = images_together(args)
-        if "image" in self.shares and images < 2:
-            raise UserError(f"NCE: --nce_type {args.nce_type} takes its negatives from the batch, {said} has none: 2 or "
-                            "more, or --nce_type patch")
-        if "patch" in self.shares:
-            self.require_patches(args, images)
+    def __init__(self, kind: str = "hybrid", mining: str = "hard", denominator: str = "negatives", patches: int = 8,
+                 patch_size: int = 48, rgb_range: float = 255):
+        super().__init__()
+        self.shares = SHARES[kind]
+        self.settings = dict(mining=mining, denominator=denominator)
+        self.n_patches, self.patch_size, self.rgb_range = patches, patch_size, rgb_range
         self.embeddings = nn.ModuleDict({kind: make_embedding(WIDTHS[kind]) for kind in self.shares})
         self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE)))
 
-    @staticmethod
-    def require_patches(args, images):
-        """Raises UserError where --nce_patches different patches are not to be had."""
+    def forward(self, inputs: LossInputs) -> torch.Tensor:
+        scale = 1 / self.rgb_range
+        images = [x.to(self.log_temperature.dtype) * scale for x in (inputs.student.sr, inputs.teacher.sr)]
+        return sum(share * self.contrast(self.embeddings[kind], *(self.patches(*images) if kind == "patch" else images))
+                   for kind, share in self.shares.items())
+
+    def patches(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Crop random patches of both at the same places; fewer and smaller ones where the images are smaller."""
+        size = min(self.patch_size, *student.shape[2:])
+        places = draw_places(student, size, self.n_patches)
+        return crop(student, places, size), crop(teacher, places, size)
+
+    def contrast(self, embedding: nn.Module, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Compute InfoNCE of the embeddings, with the teacher images of all processes as negatives."""
+        student, teacher = F.normalize(embedding(torch.cat([student, teacher])), dim=1).chunk(2)
+        return info_nce(student, all_gather(teacher), self.log_temperature.exp(), first=rank() * len(teacher),
+                        **self.settings)
+
+    @torch.no_grad()
+    def update(self, inputs: LossInputs) -> None:
+        self.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
+
+
+TERMS = {"NCE": InfoNCE}
+
+
+def build_term(name: str, context: Context) -> Term:
+    """Build a term of this family from the flags; raises UserError where batch or patches give no negatives."""
+    args = context.args
+    images, flags = context.images_per_step()
+    kinds = SHARES[args.nce_type]
+    if "image" in kinds and images < 2:
+        raise UserError(f"NCE: --nce_type {args.nce_type} takes its negatives from the batch, {flags} has none: give "
+                        "2 or more, or --nce_type patch")
+    if "patch" in kinds:
         if args.nce_patch_size > args.patch_size:
             raise UserError(f"NCE: patches of --nce_patch_size {args.nce_patch_size} are larger than the training crops, "
                             f"--patch_size {args.patch_size}")
@@ -101,24 +132,5 @@ class InfoNCE(Term):
                             f"has {places} of --nce_patch_size {args.nce_patch_size}")
         if images * args.nce_patches < 2:
             raise UserError("NCE: one patch of one image has no negatives: give --nce_patches or --batch_size 2 or more")
-
-    def forward(self, step):
-        scale = 1 / self.args.rgb_range
-        images = [x.to(self.log_temperature.dtype) * scale for x in (step.student.sr, step.teacher.sr)]
-        return sum(share * self.contrast(self.embeddings[kind], *(self.patches(*images) if kind == "patch" else images))
-                   for kind, share in self.shares.items())
-
-    def patches(self, student, teacher):
-        """Random patches of both, of the same places; in images smaller than the training crops as many as there are."""
-        size = min(self.args.nce_patch_size, *student.shape[2:])
-        places = draw_places(student, size, self.args.nce_patches)
-        return crop(student, places, size), crop(teacher, places, size)
-
-    def contrast(self, embedding, student, teacher):
-        student, teacher = F.normalize(embedding(torch.cat([student, teacher])), dim=1).chunk(2)
-        return info_nce(student, all_gather(teacher), self.log_temperature.exp(), self.args.nce_mining,
-                        self.args.nce_denominator, rank() * len(teacher))
-
-    @torch.no_grad()
-    def update(self, step):
-        self.log_temperature.clamp_(min=math.log(LEAST_TEMPERATURE))
+    return InfoNCE(args.nce_type, args.nce_mining, args.nce_denominator, args.nce_patches, args.nce_patch_size,
+                   args.rgb_range)

@@ -1,20 +1,31 @@
-"""Supervision of the output: L1 to the truth (DS) and to the teacher (TS), FAKD's names (He et al., ICIP 2020)."""
+"""Supervision of the output: DS and TS of FAKD (He et al., ICIP 2020)."""
+import torch
 import torch.nn.functional as F
 
-from loss.step import Term
+from loss.term import Context, LossInputs, Term
 
 
 class DataSupervision(Term):
-    """L1(S, HR), mean over pixels."""
+    """DS: L1(S, HR), mean over pixels."""
+
     needs = frozenset({"hr"})
 
-    def forward(self, step):
-        return F.l1_loss(step.student.sr, step.hr)
+    def forward(self, inputs: LossInputs) -> torch.Tensor:
+        return F.l1_loss(inputs.student.sr, inputs.hr)
 
 
 class TeacherSupervision(Term):
-    """L1(S, T), mean over pixels."""
+    """TS: L1(S, T), mean over pixels."""
+
     needs = frozenset({"teacher"})
 
-    def forward(self, step):
-        return F.l1_loss(step.student.sr, step.teacher.sr)
+    def forward(self, inputs: LossInputs) -> torch.Tensor:
+        return F.l1_loss(inputs.student.sr, inputs.teacher.sr)
+
+
+TERMS = {"DS": DataSupervision, "TS": TeacherSupervision}
+
+
+def build_term(name: str, context: Context) -> Term:
+    """Build a term of this family from the flags."""
+    return TERMS[name]()

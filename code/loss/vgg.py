@@ -1,10 +1,10 @@
 """VGG-19 features of images (Simonyan and Zisserman, ICLR 2015), trained on ImageNet, in torchvision's layout."""
 import torch
-from model.loading import load_strictly, read_checkpoint
-from system.errors import UserError
 from torch import nn
 
 from loss.frozen import build, frozen, randomise, require_file
+from model.loading import load_strictly, read_checkpoint
+from system.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 WIDTHS = 64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512, 512, 512, 512, "pool", 512
@@ -55,9 +55,9 @@ def make_vgg(args):
     return net
 
 
-def shared_vgg(setting):
+def shared_vgg(context):
     """The run's VGG-19."""
-    return frozen(setting, "vgg", make_vgg)
+    return frozen(context, "vgg", make_vgg)
 
 
 @torch.no_grad()

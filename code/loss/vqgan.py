@@ -10,11 +10,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from model.common import pad_to_window
-from model.loading import CheckpointError, load_strictly, read_checkpoint
 from torch import nn
 
 from loss.frozen import build, frozen, randomise, require_file
+from model.common import pad_to_window
+from model.loading import CheckpointError, load_strictly, read_checkpoint
 
 IGNORED = "decoder.", "post_quant_conv.", "loss."
 F16_1024 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attention=(4,), z_channels=256, embed_dim=256,
@@ -202,6 +202,6 @@ def make_vqgan(args):
     return net
 
 
-def shared_vqgan(setting):
+def shared_vqgan(context):
     """The run's VQGAN."""
-    return frozen(setting, "vqgan", make_vqgan)
+    return frozen(context, "vqgan", make_vqgan)

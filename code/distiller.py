@@ -1,0 +1,137 @@
+"""One step of distillation as a module: views of a batch -> student and teacher -> loss."""
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch import nn
+
+from data.teacher_cache import decode
+from data.views import forward_by_size, make_views
+from loss import Loss, LossInputs, Output
+from loss.consistency import with_label_consistency
+from system.device import autocast
+
+log = logging.getLogger("sr")
+
+
+class Distiller(nn.Module):
+    """The computation of a training step, a module that DistributedDataParallel and torch.compile can wrap.
+
+    student, teachers: networks of model/; of several teachers one is drawn for each batch. loss: the weighted terms.
+    upcycle: pairs of weight and name of the views beside the original batch (data/views.py), n_zoom_in: tiles per image.
+    label_consistency: probability of each operation on the student's inputs. Images reach the networks in [0, rgb_range].
+    precision: single, half or bf16, that of the networks' arithmetic.
+    """
+
+    def __init__(self, student: nn.Module, teachers: Sequence[nn.Module], loss: Loss, *, upcycle: Sequence = (),
+                 n_zoom_in: int = 1, label_consistency: float = 0, rgb_range: float = 255, precision: str = "single"):
+        super().__init__()
+        self.student, self.teachers, self.loss = student, nn.ModuleList(teachers), loss
+        self.make_views = partial(make_views, scale=student.scale, upcycle=upcycle, n_zoom_in=n_zoom_in)
+        self.label_consistency, self.rgb_range, self.precision = label_consistency, rgb_range, precision
+        self.compiled = {}  # network -> its compiled form; compiled for training only, not for test images of any size
+        own = set(student.parameters())  # a student that is a slice of its teacher shares the teacher's weights
+        for parameter in set(self.teachers.parameters()) - own:
+            parameter.requires_grad_(False)
+        self.train()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the student."""
+        return next(self.student.parameters()).device
+
+    def train(self, mode: bool = True) -> "Distiller":
+        """Set training mode; teachers remain in evaluation mode."""
+        super().train(mode)
+        self.teachers.eval()
+        return self
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return what the student's optimiser trains: the student, and terms with parameters of their own."""
+        return [parameter for parameter in (*self.student.parameters(), *self.loss.trainable_parameters())
+                if parameter.requires_grad]
+
+    def forward(self, lr: torch.Tensor, hr: torch.Tensor, teacher_outputs: torch.Tensor | None = None,
+                iteration: int = 0) -> tuple[torch.Tensor, torch.Tensor, LossInputs]:
+        """Compute the loss of a batch.
+
+        lr: uint8 N x 3 x H x W; hr: uint8 N x 3 x sH x sW; teacher_outputs: cached outputs of k teachers, int16
+        N x 3k x sH x sW (data/teacher_cache.py). Returns the loss, the weighted value of each term without a graph, and the
+        detached inputs of the original view, for `loss.update` after the optimiser step.
+        """
+        views = self.make_views(lr.to(self.device, non_blocking=True), hr.to(self.device, non_blocking=True))
+        for view in views:
+            view.lr, view.hr = self.to_input(view.lr), None if view.hr is None else self.to_input(view.hr)
+        needs = [self.loss.needs_on(view.name, view.hr is not None) for view in views]
+        inputs, features = [view.lr for view in views], ["features" in need for need in needs]
+        students = with_label_consistency(
+            partial(forward_by_size, partial(self.run, self.student), features=features), inputs, self.label_consistency,
+            self.rgb_range)
+        drawn = self.draw_teacher()
+        teacher = None if drawn is None else self.teachers[drawn]
+        cached = None
+        if teacher_outputs is not None:
+            of_one = teacher_outputs[:, 3 * drawn:3 * drawn + 3].to(self.device, non_blocking=True)
+            cached = Output(self.to_input(decode(of_one)))
+        outputs = self.teacher_outputs(teacher, inputs, features, needs, cached)
+        steps = [LossInputs(view.lr, view.hr, student, output and output.detach(),
+                            output.sr if "teacher_grad" in need else None, view.name, view.weight, iteration, teacher,
+                            forward=lambda net, x: self.run(net, x, features=False).sr)
+                 for view, need, student, output in zip(views, needs, students, outputs)]
+        total, values = self.loss(*steps)
+        return total, values, steps[0].detach()
+
+    def teacher_outputs(self, teacher: nn.Module, inputs: list[torch.Tensor], features: list[bool],
+                        needs: list[frozenset], cached: Output | None) -> list[Output | None]:
+        """Compute the teacher's output on each view, None where no term needs it.
+
+        Has a graph only where a term trains the teacher. cached: the output on the original view, if it is known.
+        """
+        outputs = {0: cached} if cached else {}
+        for graph in (False, True):
+            missing = [index for index, need in enumerate(needs)
+                       if "teacher" in need and index not in outputs and graph == ("teacher_grad" in need)]
+            with nullcontext() if graph else torch.inference_mode():
+                found = forward_by_size(partial(self.run, teacher), [inputs[index] for index in missing],
+                                        [features[index] for index in missing])
+            outputs.update(zip(missing, found if graph else (output.clone() for output in found)))
+        return [outputs.get(index) for index in range(len(inputs))]
+
+    def draw_teacher(self) -> int | None:
+        """Draw the index of this batch's teacher; None where no term needs one."""
+        if len(self.teachers) > 1:
+            return int(torch.randint(len(self.teachers), ()))
+        return 0 if self.teachers else None
+
+    def run(self, net: nn.Module, lr: torch.Tensor, features: bool) -> Output:
+        """Run a network, with its feature maps if `features`, in the precision of the run."""
+        with autocast(self.device, self.precision):
+            out = self.compiled.get(net, net)(lr, features=features)
+        return Output(*out) if features else Output(out)
+
+    def to_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Convert images in [0, 255] of any type to float32 in [0, rgb_range]."""
+        x = x.to(memory_format=torch.channels_last).float()
+        return x * (self.rgb_range / 255) if self.rgb_range != 255 else x
+
+    def compile_networks(self, images: int, side: int) -> None:
+        """Compile student and teachers with torch.compile; one that cannot be compiled runs as it is, which is logged.
+
+        images, side: of a batch of LR crops, on which each network is tried.
+        """
+        lr, needs = self.to_input(torch.zeros(images, 3, side, side, device=self.device)), self.loss.needs_on("original", True)
+        for net in (self.student, *self.teachers):
+            trained = net is self.student or "teacher_grad" in needs
+            self.compiled[net] = torch.compile(net)
+            try:
+                with nullcontext() if trained else torch.inference_mode():
+                    output = self.run(net, lr, "features" in needs)
+                if trained:
+                    torch.autograd.backward([x.sum() for x in (output.sr, *output.features)])
+            except Exception as error:  # of the compiler, its back ends or the system: there is no common class
+                del self.compiled[net]
+                reason = " ".join(str(error).split())[:100]
+                log.info("--compile: %s cannot be compiled here and runs as it is (%s ...)", type(net).__name__, reason)
+            self.zero_grad(set_to_none=True)

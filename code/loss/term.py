@@ -1,0 +1,108 @@
+"""The interface of loss terms: what a term is given, and what it declares."""
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Output:
+    """The output of a network: sr N x 3 x sH x sW in [0, rgb_range], and its feature maps N x C x H x W where needed."""
+
+    sr: torch.Tensor
+    features: list[torch.Tensor] = field(default_factory=list)
+
+    def detach(self) -> "Output":
+        """Return the same tensors without their graph."""
+        return Output(self.sr.detach(), [x.detach() for x in self.features])
+
+    def clone(self) -> "Output":
+        """Return copies, which autograd may save, of tensors that were made in inference mode."""
+        return Output(self.sr.clone(), [x.clone() for x in self.features])
+
+    def split(self, sizes: list[int]) -> list["Output"]:
+        """Split the output of a concatenated batch into one Output for each of the batches of these sizes."""
+        features = [x.split(sizes) for x in self.features]
+        return [Output(sr, [parts[index] for parts in features]) for index, sr in enumerate(self.sr.split(sizes))]
+
+
+@dataclass
+class LossInputs:
+    """What the terms of the loss are computed from: one view of a batch, and the networks' outputs on it.
+
+    `lr` and `hr` are N x 3 x H x W and N x 3 x sH x sW in [0, rgb_range]; `hr` is None on a view without ground truth.
+    `teacher` is detached, and None where no term needs it. `weight` is that of the view, which multiplies every term.
+    `forward(net, images)` -> sr runs a network in the precision of the run, for terms that pass it other inputs.
+    `ema_student` is the exponential moving average of the student if there is one, else the student. `cache` lives as long
+    as these inputs and holds what several terms need, such as VGG features of the student's output.
+    """
+
+    lr: torch.Tensor
+    hr: torch.Tensor | None
+    student: Output
+    teacher: Output | None = None
+    teacher_sr_with_grad: torch.Tensor | None = None  # for terms that train the teacher
+    view: str = "original"
+    weight: float = 1
+    iteration: int = 0
+    teacher_net: nn.Module | None = None
+    ema_student: nn.Module | None = None
+    forward: Callable | None = None
+    cache: dict = field(default_factory=dict)
+
+    def detach(self) -> "LossInputs":
+        """Return the images without graph or feature maps: what `Term.update` is given."""
+        return replace(self, student=Output(self.student.sr.detach()), teacher_sr_with_grad=None, cache={},
+                       teacher=self.teacher and Output(self.teacher.sr.detach()))
+
+
+def concatenate(parts: list[LossInputs]) -> LossInputs:
+    """Return the detached inputs of a batch, given those of its parts (--split_batch)."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def cat(images):
+        return None if images[0] is None else torch.cat(images)
+
+    return replace(parts[0], lr=cat([part.lr for part in parts]), hr=cat([part.hr for part in parts]),
+                   student=Output(cat([part.student.sr for part in parts])),
+                   teacher=parts[0].teacher and Output(cat([part.teacher.sr for part in parts])))
+
+
+class Term(nn.Module):
+    """A term of the loss: `forward(inputs)` returns a scalar. It is computed on each view of a batch that fits its `needs`.
+
+    Its trainable parameters are trained by the student's optimiser, unless `trainable_parameters` says otherwise. What a
+    resumed run needs must be in its state_dict.
+    """
+
+    # What it uses beyond the student's sr: "hr", "teacher" (its output), "features" (feature maps of both networks),
+    # "teacher_grad" (a teacher that is trained too), "teacher_net" (the teacher itself, for other inputs).
+    needs: frozenset[str] = frozenset()
+    min_size = 1  # smallest side of the images, in pixels
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that the student's optimiser trains."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def update(self, inputs: LossInputs) -> None:
+        """Update the term's own state after each optimiser step, given the detached inputs of the original view."""
+
+
+@dataclass
+class Context:
+    """What the terms are built from: the flags, the networks, and `shared`, the feature networks that several terms use."""
+
+    args: object
+    student: nn.Module
+    teachers: list[nn.Module]
+    device: torch.device | str = "cpu"
+    views: Iterable = ()  # data.views.PlannedView of each view beside the original batch
+    shared: dict = field(default_factory=dict)
+
+    def images_per_step(self) -> tuple[int, str]:
+        """Return how many images a term is given at once, and the flags that say so."""
+        args = self.args
+        parts = f" in --split_batch {args.split_batch} parts" if args.split_batch > 1 else ""
+        return args.batch_size // args.split_batch, f"--batch_size {args.batch_size}{parts}"
