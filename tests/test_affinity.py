@@ -177,7 +177,7 @@ def test_memory_grows_with_the_positions_not_with_their_pairs(monkeypatch):
 
 @pytest.fixture
 def trial(monkeypatch, caplog):
-    """trial(kernel) -> what _way picks for two sizes with this kernel, and blocks 10 ms slower; lines of the log; blocks."""
+    """trial(kernel) -> what _choose returns for two sizes with this kernel, and blocks 10 ms slower; lines of the log; blocks."""
     def slow_blocks(*args):
         time.sleep(0.01)
         return sum_in_blocks(*args)
@@ -188,12 +188,12 @@ def trial(monkeypatch, caplog):
         monkeypatch.setattr(affinity, "sum_in_blocks", slow_blocks)
         monkeypatch.setattr(affinity, "TRIAL", (2, 60))
         caplog.set_level(logging.INFO, "sr")
-        ways = {affinity._way(torch.device("cpu"), widths, polynomial, wanted) for widths in ((64, 64), (16, 64))}
+        ways = {affinity._choose(torch.device("cpu"), widths, polynomial, wanted) for widths in ((64, 64), (16, 64))}
         return ways, [record.getMessage() for record in caplog.records], slow_blocks
-    affinity._way.cache_clear()
+    affinity._choose.cache_clear()
     affinity._log_once.cache_clear()
     yield run
-    affinity._way.cache_clear()
+    affinity._choose.cache_clear()
     affinity._log_once.cache_clear()
 
 
@@ -203,7 +203,7 @@ def test_kernel_that_is_right_and_faster_is_used(trial, polynomial, wanted):
     kernel = sum_in_blocks
     ways, lines, _ = trial(kernel, polynomial, wanted)
     assert ways == {kernel}
-    assert lines == ["spatial affinity by its Triton kernel"]
+    assert lines == ["spatial affinity: the Triton kernel"]
 
 
 def test_kernel_that_is_slower_is_not_used(trial):
@@ -212,7 +212,7 @@ def test_kernel_that_is_slower_is_not_used(trial):
         return sum_in_blocks(*args)
     ways, lines, blocks = trial(kernel)
     assert ways == {blocks}
-    assert lines == ["spatial affinity by blocks, faster here than its Triton kernel"]
+    assert lines == ["spatial affinity: blocks, which are faster here than the Triton kernel"]
 
 
 def wrong_value(*args):
@@ -236,9 +236,9 @@ def no_compiler(*args):
 
 
 @pytest.mark.parametrize("kernel, words", [
-    (wrong_value, "RuntimeError: its value or gradient is not that of the blocks"),
-    (wrong_gradient, "RuntimeError: its value or gradient is not that of the blocks"),
-    (no_number, "RuntimeError: its value or gradient is not that of the blocks"),
+    (wrong_value, "RuntimeError: its value or gradient differs from that of the blocks"),
+    (wrong_gradient, "RuntimeError: its value or gradient differs from that of the blocks"),
+    (no_number, "RuntimeError: its value or gradient differs from that of the blocks"),
     (no_compiler, "RuntimeError: no compiler"),
     (None, "ModuleNotFoundError: import of loss.affinity_triton halted; None in sys.modules")])
 def test_kernel_that_does_not_work_is_replaced_with_one_line(trial, kernel, words):
@@ -255,7 +255,7 @@ def test_trial_draws_none_of_the_numbers_of_training(trial):
 
 def test_maps_on_a_GPU_and_no_others_ask_for_the_kernel(monkeypatch):
     asked = []
-    monkeypatch.setattr(affinity, "_way", lambda *args: asked.append(args) or (lambda *args: args))
+    monkeypatch.setattr(affinity, "_choose", lambda *args: asked.append(args) or (lambda *args: args))
     maps = [SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda:1", shape=(2, 9, width)) for width in (4, 6)]
     assert affinity._sum(*maps, [0.1, 0.2], (True, False)) == (*maps, [0.1, 0.2], (True, False))
     affinity_l1(*torch.randn(2, 1, 3, 4, 4))

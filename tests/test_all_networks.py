@@ -74,7 +74,7 @@ def test_bf16_is_close(name):
 @each_network
 def test_it_teaches_a_small_edsr(name):
     teacher, student = small(name).requires_grad_(False), EDSR(2, n_resblocks=3, n_feats=8)
-    criterion = Loss("1*DS+1*TS+10*SA+1*fitnet", Setting(SimpleNamespace(features=[1, 2, 3]), student, [teacher]))
+    criterion = build_loss("1*DS+1*TS+10*SA+1*fitnet", Context(SimpleNamespace(features=[1, 2, 3]), student, [teacher]))
     lr, hr = 255 * torch.rand(2, 3, 12, 12), 255 * torch.rand(2, 3, 24, 24)
     total, values = criterion(Step(lr, hr, Output(*student(lr, features=True)), Output(*teacher(lr, features=True))))
     total.backward()

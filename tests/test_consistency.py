@@ -40,7 +40,7 @@ def test_images_that_are_not_square_are_inverted_exactly(chosen):
 
 
 def test_transposing_some_images_that_are_not_square_is_refused():
-    with pytest.raises(ValueError, match="no common size"):
+    with pytest.raises(ValueError, match="would have different sizes"):
         perturb(whole_numbers(2, 3, 4, 7), torch.tensor([[False, False, False, True], [False] * 4]), 255)
 
 
@@ -67,8 +67,8 @@ def test_LC_compares_with_the_answer_to_the_perturbed_input():
     def teacher(x):
         return x.repeat_interleave(2, 2).repeat_interleave(2, 3) * weight.view(3, 1, 1)
     lr, sr = 255 * torch.rand(4, 3, 5, 5), 255 * torch.rand(4, 3, 10, 10)
-    term = loss.Loss("LC", loss.Setting(option.parse(["--lc_p", "0.7"]), None, []))
-    step = loss.Step(lr, None, loss.Output(sr.requires_grad_()), None, teacher_net=teacher, run=lambda net, x: net(x))
+    term = loss.build_loss("LC", loss.Context(option.parse(["--lc_p", "0.7"]), None, []))
+    step = loss.LossInputs(lr, None, loss.Output(sr.requires_grad_()), None, teacher_net=teacher, forward=lambda net, x: net(x))
     torch.manual_seed(3)
     value = term(step)[0]
     torch.manual_seed(3)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from checkpoint import save_model
 from conftest import GOLDEN
 from loss import contrastive, vgg
-from loss.contrastive import contrast_cos, contrast_l1, others_of_the_batch
+from loss.contrastive import contrast_cos, contrast_l1, draw_negatives
 from model import load_model
 from model.rcan import RCAN
 from system.errors import UserError
@@ -32,23 +32,23 @@ def small(count, seed):
 
 
 @pytest.fixture(scope="module")
-def kept():
-    """What the settings of these tests share: VGG-19."""
+def shared():
+    """Feature networks that these tests share: VGG-19."""
     return {}
 
 
 @pytest.fixture
-def make_loss(kept):
+def make_loss(shared):
     def make(string, line=""):
         args = option.parse(["--feature_net", "random", "--neg_num", "2", "--batch_size", "3", *line.split()])
-        return loss.Loss(string, loss.Setting(args, None, [], kept=kept))
+        return loss.build_loss(string, loss.Context(args, None, [], shared=shared))
     return make
 
 
 def make_step(count=3, side=16, **more):
     torch.manual_seed(1)
     lr, hr, student, teacher = (255 * torch.rand(count, 3, size, size) for size in (side // 2, side, side, side))
-    return loss.Step(lr, hr, loss.Output(student.requires_grad_()), loss.Output(teacher), **more)
+    return loss.LossInputs(lr, hr, loss.Output(student.requires_grad_()), loss.Output(teacher), **more)
 
 
 # ---- the contrast
@@ -89,7 +89,7 @@ def test_no_anchor_is_its_own_negative():
     for count in range(1, 6):
         seen = np.zeros((6, 6), int)
         for _ in range(40):
-            chosen = others_of_the_batch(6, count)
+            chosen = draw_negatives(6, count)
             assert chosen.shape == (count, 6) and (chosen != torch.arange(6)).all()
             assert all(len(set(column.tolist())) == count for column in chosen.T)
             np.add.at(seen, (np.arange(6)[None].repeat(count, 0), chosen.numpy()), 1)
@@ -98,13 +98,13 @@ def test_no_anchor_is_its_own_negative():
 
 # ---- CSD
 
-def test_CSD_is_the_contrast_of_VGG_features(make_loss, kept):
+def test_CSD_is_the_contrast_of_VGG_features(make_loss, shared):
     step, chosen = make_step(), torch.tensor([[1, 2, 0], [2, 0, 1]])  # of 2 out of 2 the order alone is random
-    net = kept.get("vgg") or vgg.shared_vgg(loss.Setting(option.parse(["--feature_net", "random"]), None, [], kept=kept))
+    net = shared.get("vgg") or vgg.shared_vgg(loss.Context(option.parse(["--feature_net", "random"]), None, [], shared=shared))
     upsampled = F.interpolate(step.lr, scale_factor=2, mode="bicubic", antialias=True)
     for d_func, function in (("L1", contrast_l1), ("cos", contrast_cos)):
         expected = function(net(step.student.sr), net(step.teacher.sr), net(upsampled), chosen)
-        step.kept.clear()
+        step.cache.clear()
         assert make_loss("CSD", f"--d_func {d_func}")(step)[0].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -118,9 +118,9 @@ def test_teacher_and_negatives_keep_no_graph(make_loss):
     assert step.teacher.sr.grad is None and step.lr.grad is None and step.hr.grad is None
 
 
-def test_each_image_goes_through_VGG_once(make_loss, kept):
+def test_each_image_goes_through_VGG_once(make_loss, shared):
     criterion, step, seen = make_loss("CSD+VGG"), make_step(), []
-    handle = kept["vgg"].register_forward_pre_hook(lambda net, inputs: seen.append(len(inputs[0])))
+    handle = shared["vgg"].register_forward_pre_hook(lambda net, inputs: seen.append(len(inputs[0])))
     criterion(step)
     handle.remove()
     assert sorted(seen) == [3, 3, 6]  # student; HR; teacher with the upsampled LR images
@@ -130,7 +130,7 @@ def test_CSD_draws_its_negatives_reproducibly(make_loss):
     criterion, step, values = make_loss("CSD", "--neg_num 1"), make_step(), []
     for _ in range(2):
         torch.manual_seed(5)
-        step.kept.clear()
+        step.cache.clear()
         values.append(criterion(step)[0].item())
     assert values[0] == values[1]
 
@@ -150,10 +150,10 @@ def test_a_batch_smaller_than_promised_is_refused(make_loss):
 
 # ---- VGG, T_DS
 
-def test_VGG_is_the_weighted_difference_of_five_levels(make_loss, kept):
+def test_VGG_is_the_weighted_difference_of_five_levels(make_loss, shared):
     step = make_step()
     found = make_loss("VGG")(step)[0]
-    maps = [kept["vgg"](x) for x in (step.student.sr, step.hr)]
+    maps = [shared["vgg"](x) for x in (step.student.sr, step.hr)]
     expected = sum(weight * (a - b).abs().mean() for weight, a, b in zip(WEIGHTS, *maps))
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     assert loss.needs_of("VGG") == {"hr"}
@@ -161,9 +161,9 @@ def test_VGG_is_the_weighted_difference_of_five_levels(make_loss, kept):
 
 def test_T_DS_supervises_the_teacher_until_its_epoch():
     args = SimpleNamespace(t_l_remove=2, test_every=5, width_mult=0.5)
-    term = contrastive.TeacherDataSupervision(loss.Setting(args, None, []))
+    term = contrastive.build_term("T_DS", loss.Context(args, None, []))
     graph = torch.rand(2, 3, 4, 4, requires_grad=True)
-    step = make_step(2, 4, teacher_graph=graph * 1)
+    step = make_step(2, 4, teacher_sr_with_grad=graph * 1)
     for iteration in range(12):
         step.iteration = iteration
         expected = (graph - step.hr).abs().mean().item() if iteration < 10 else 0
@@ -171,7 +171,7 @@ def test_T_DS_supervises_the_teacher_until_its_epoch():
     step.iteration = 9
     term(step).backward()
     assert graph.grad.abs().sum() > 0 and step.student.sr.grad is None
-    assert loss.needs_of("T_DS") == {"hr", "teacher", "teacher_graph"}
+    assert loss.needs_of("T_DS") == {"hr", "teacher", "teacher_grad"}
 
 
 # ---- a run

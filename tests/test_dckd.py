@@ -14,7 +14,7 @@ from conftest import GOLDEN
 from loss import degradation, vqgan
 from loss.contrastive import contrast_l1
 from loss.degradation import degrade
-from loss.distribution import divergence
+from loss.distribution import cross_entropy
 from model import slim
 from model.rcan import RCAN
 
@@ -36,15 +36,15 @@ def normal(seed, shape):
 
 def make_loss(string, student=None, line=""):
     args = option.parse(["--feature_net", "random", *line.split()])
-    setting = loss.Setting(args, student or RCAN(2, **SIZES), [])
-    return loss.Loss(string, setting), setting
+    setting = loss.Context(args, student or RCAN(2, **SIZES), [])
+    return loss.build_loss(string, setting), setting
 
 
 def make_step(student, count=2):
     torch.manual_seed(1)
     lr = 255 * torch.rand(count, 3, 8, 8)
-    return loss.Step(lr, None, loss.Output(student(lr)), loss.Output(255 * torch.rand(count, 3, 16, 16)),
-                     run=lambda net, x: net(x))
+    return loss.LossInputs(lr, None, loss.Output(student(lr)), loss.Output(255 * torch.rand(count, 3, 16, 16)),
+                     forward=lambda net, x: net(x))
 
 
 # ---- the authors' numbers and gradients
@@ -58,22 +58,22 @@ def test_DCR_agrees_with_the_authors():
 
 def test_DMM_is_the_papers_formula_without_a_second_softmax():
     student, teacher = normal(200, (32, 24)), normal(201, (32, 24))
-    assert divergence(student, teacher).item() == pytest.approx(DCKD["DMM_paper"], rel=1e-5)
+    assert cross_entropy(student, teacher).item() == pytest.approx(DCKD["DMM_paper"], rel=1e-5)
     published = F.cross_entropy(student.softmax(1), teacher.softmax(1)).item()
     assert published == pytest.approx(DCKD["DMM_upstream_code"], rel=1e-5)
     assert abs(published - DCKD["DMM_paper"]) > 0.1
 
 
-def test_gradients_of_divergence():
+def test_gradients_of_cross_entropy():
     student, teacher = normal(1, (5, 4)), normal(2, (5, 4))
-    assert torch.autograd.gradcheck(lambda x: divergence(x, teacher), student.requires_grad_())
-    torch.autograd.backward(divergence(student, teacher))  # of a cross-entropy it is known
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, teacher), student.requires_grad_())
+    torch.autograd.backward(cross_entropy(student, teacher))  # of a cross-entropy it is known
     assert torch.allclose(student.grad, (student.softmax(1) - teacher.softmax(1)).detach() / 5)
 
 
 def test_divergence_of_far_logits_is_finite():
     student, teacher = 1e4 * normal(1, (5, 4)).float(), 1e4 * normal(2, (5, 4)).float()
-    value = divergence(student.requires_grad_(), teacher)
+    value = cross_entropy(student.requires_grad_(), teacher)
     value.backward()
     assert value.isfinite() and student.grad.isfinite().all()
 
@@ -81,7 +81,7 @@ def test_divergence_of_far_logits_is_finite():
 def test_DMM_compares_codes_of_images():
     student = RCAN(2, **SIZES)
     criterion, setting = make_loss("DMM", student)
-    step, net = make_step(student), setting.kept["vqgan"]
+    step, net = make_step(student), setting.shared["vqgan"]
     found = criterion(step)[0]
     codes = net.quantize.embedding.weight
 
@@ -112,8 +112,8 @@ def test_each_image_goes_through_each_network_once(string, batches):
     student = RCAN(2, **SIZES)
     criterion, setting = make_loss(string, student)
     seen, inputs, step = [], [], make_step(student)
-    setting.kept["vqgan"].register_forward_pre_hook(lambda net, inputs: seen.append(len(inputs[0])))
-    step.run = lambda net, x: inputs.append(x) or net(x)
+    setting.shared["vqgan"].register_forward_pre_hook(lambda net, inputs: seen.append(len(inputs[0])))
+    step.forward = lambda net, x: inputs.append(x) or net(x)
     criterion(step)
     assert sorted(seen) == batches  # two images: student, teacher, five negatives of each
     assert len(inputs) == ("DCR" in string) and all(len(x) == 10 and torch.equal(x[:2], step.lr) for x in inputs)
@@ -121,14 +121,14 @@ def test_each_image_goes_through_each_network_once(string, batches):
 
 def test_DCR_contrasts_an_image_with_what_the_history_model_makes_of_it():
     criterion, setting = make_loss("DCR", line="--dcr_negatives 2 --dcr_noise 1e-12")  # all negatives: from LR itself
-    net, history = setting.kept["vqgan"], criterion.terms["DCR"].history
+    net, history = setting.shared["vqgan"], criterion.terms["DCR"].history
     lr = 255 * torch.rand(3, 3, 8, 8)
 
     def upscale(net, x):
         assert net is history
         return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     sr = upscale(history, lr) + 10 * torch.rand(3, 3, 16, 16)  # nearer to its own negatives than to those of the others
-    step = loss.Step(lr, None, loss.Output(sr), loss.Output(255 * torch.rand(3, 3, 16, 16)), run=upscale)
+    step = loss.LossInputs(lr, None, loss.Output(sr), loss.Output(255 * torch.rand(3, 3, 16, 16)), forward=upscale)
     found = criterion(step)[0].item()
     s, t, n = (net(x) for x in (sr, step.teacher.sr, upscale(history, lr)))
     expected = sum(w * (a - b).abs().mean() / (3 * (a - c).abs().mean() + 1e-7)
@@ -153,7 +153,7 @@ def test_history_follows_the_average_at_its_pace(width):
     moved = []
     for iteration in (*range(7), 99_998, *range(100_000, 100_008), 300_003):
         before = [p.clone() for p in history.parameters()]
-        criterion.update(loss.Step(torch.zeros(1), None, None, None, iteration=iteration, average=average))
+        criterion.update(loss.LossInputs(torch.zeros(1), None, None, None, iteration=iteration, ema_student=average))
         after = [0.1 * a + 0.9 * b for a, b in zip(before, average.parameters())]
         if all(torch.allclose(a, b, atol=1e-6) for a, b in zip(history.parameters(), after)):
             moved.append(iteration)

@@ -57,7 +57,7 @@ def make_trainer(line, device="cpu"):
     student = SAN(2, n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4) if args.model == "SAN" else RCAN(2, **SMALL)
     if args.width_mult:
         student = slim(teacher, args.width_mult)
-    setting = loss.Setting(args, student, [teacher], device, plan(args))
+    setting = loss.Context(args, student, [teacher], device, plan(args))
     return Trainer(args, student, [teacher], loss.Loss(args.loss, setting), None, [], SimpleNamespace(state=None),
                    torch.device(device))
 

@@ -27,11 +27,11 @@ def small(monkeypatch):
 
 def make_loss(string="1*GAN", **flags):
     defaults = dict(gan_type="GAN", gan_k=1, gan_lr=1e-3, rgb_range=255)
-    return loss.Loss(string, loss.Setting(SimpleNamespace(**{**defaults, **flags}), None, []))
+    return loss.build_loss(string, loss.Context(SimpleNamespace(**{**defaults, **flags}), None, []))
 
 
 def make_step(hr, student):
-    return loss.Step(hr[:, :, ::2, ::2], hr, loss.Output(student), None)
+    return loss.LossInputs(hr[:, :, ::2, ::2], hr, loss.Output(student), None)
 
 
 def images(*shape):
@@ -133,7 +133,7 @@ def test_student_and_discriminator_leave_each_others_gradients_alone(kind):
     assert all(p.grad is None for p in term.discriminator.parameters())
     gradient, before = student.grad.clone(), [p.detach().clone() for p in term.parameters()]
     net.update(step)
-    assert torch.equal(student.grad, gradient) and net.trained() == []
+    assert torch.equal(student.grad, gradient) and net.trainable_parameters() == []
     assert all(p.grad is None for p in term.discriminator.parameters())
     assert len(before) == 8
     assert not [old for old, new in zip(before, term.parameters()) if old.dim() > 1 and torch.equal(old, new)]

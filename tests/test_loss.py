@@ -27,12 +27,12 @@ def make_loss(string, widths=(16, 16), **flags):
     defaults = dict(features=[1, 2, 3], pool_size=1, pool_type="max", P=2, rbf_gamma=5, batch_size=2, split_batch=1)
     args = SimpleNamespace(**{**defaults, **flags})
     student, *teachers = (SimpleNamespace(n_feats=width) for width in widths)
-    return loss.Loss(string, loss.Setting(args, student, teachers))
+    return loss.build_loss(string, loss.Context(args, student, teachers))
 
 
 def make_step(student_maps=(), teacher_maps=(), student=None, teacher=None, hr=None):
     """A step with maps 1, 2, ... of student and teacher."""
-    return loss.Step(torch.zeros(1, 3, 4, 4), hr, loss.Output(student, [None, *student_maps]),
+    return loss.LossInputs(torch.zeros(1, 3, 4, 4), hr, loss.Output(student, [None, *student_maps]),
                      loss.Output(teacher, [None, *teacher_maps]))
 
 
@@ -127,7 +127,7 @@ def test_affinity_of_positions_without_a_feature_is_finite():
 
 
 def test_affinity_of_different_places_is_refused():
-    with pytest.raises(ValueError, match="no common positions"):
+    with pytest.raises(ValueError, match="differ in batch size"):
         affinity_l1(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 5))
 
 
@@ -161,7 +161,7 @@ def test_gradient_of_a_transform_is_that_of_its_value(transform):
 
 
 def test_gradient_of_flow_is_that_of_its_value():
-    assert torch.autograd.gradcheck(feature.flow, [x.requires_grad_() for x in random_maps(2, 3, 4, widths=(3, 3))])
+    assert torch.autograd.gradcheck(feature.fsp_matrix, [x.requires_grad_() for x in random_maps(2, 3, 4, widths=(3, 3))])
 
 
 @pytest.mark.parametrize("term", ["SA", "PSA", "RBF", "IA", "AT", "fitnet", "MMD"])
@@ -194,7 +194,7 @@ def test_fitnet_learns_adapters_to_other_widths_only(widths, shapes):
     net = make_loss("0.1*fitnet", widths, features=[1, 3])
     parameters = dict(net.named_parameters())
     assert {name.split(".")[-2]: p.shape for name, p in parameters.items() if name.endswith("weight")} == shapes
-    assert list(map(id, net.trained())) == list(map(id, parameters.values()))
+    assert list(map(id, net.trainable_parameters())) == list(map(id, parameters.values()))
 
 
 def test_fitnet_trains_its_adapter():
@@ -228,7 +228,7 @@ def test_loss_is_the_sum_of_its_weighted_terms():
 def test_terms_of_weight_zero_are_left_out():
     net = make_loss("1*DS+0*SA+0.0*TS")
     assert net.names == ["DS"]
-    assert net.needs == {"hr"}
+    assert loss.needs_of("0*TS+1*DS") == {"hr"}
 
 
 @pytest.mark.parametrize("string, words", [("1*DS+2*XY", "no term XY.*DS, TS, SA"), ("0*DS+0*TS", "every weight is 0")])

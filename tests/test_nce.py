@@ -23,11 +23,11 @@ def seed():
 def make_loss(string="1*NCE", **flags):
     defaults = dict(nce_type="hybrid", nce_mining="hard", nce_denominator="negatives", nce_patches=3, nce_patch_size=5,
                     rgb_range=255, batch_size=4, split_batch=1, patch_size=12)
-    return loss.Loss(string, loss.Setting(SimpleNamespace(**{**defaults, **flags}), None, []))
+    return loss.build_loss(string, loss.Context(SimpleNamespace(**{**defaults, **flags}), None, []))
 
 
 def make_step(student, teacher):
-    return loss.Step(student[:, :, ::2, ::2], None, loss.Output(student), loss.Output(teacher))
+    return loss.LossInputs(student[:, :, ::2, ::2], None, loss.Output(student), loss.Output(teacher))
 
 
 def images(*shape, count=2):
@@ -211,9 +211,9 @@ def test_embeddings_and_temperature_learn():
     names = {f"terms.NCE.{name}" for name in ("log_temperature", "embeddings.image.0.weight", "embeddings.image.4.weight",
                                               "embeddings.patch.0.weight", "embeddings.patch.6.bias")}
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    assert names <= set(before) and len(net.trained()) == len(before)
+    assert names <= set(before) and len(net.trainable_parameters()) == len(before)
     assert before["terms.NCE.log_temperature"].exp().item() == pytest.approx(0.07)
-    optimizer, values = torch.optim.Adam(net.trained(), 1e-3), []
+    optimizer, values = torch.optim.Adam(net.trainable_parameters(), 1e-3), []
     for _ in range(12):
         optimizer.zero_grad()
         total, _ = net(step)

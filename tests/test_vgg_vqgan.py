@@ -222,10 +222,10 @@ def test_the_networks_are_built_once_and_are_no_part_of_the_loss(monkeypatch):
         monkeypatch.setattr(module, title, lambda network=network, title=title, **sizes: built.update([title])
                             or network(**sizes))
     args = flags("--neg_num 3 --batch_size 4")
-    setting = loss.Setting(args, torch.nn.Conv2d(3, 3, 1), [])
-    criterion = loss.Loss("CSD+VGG+DCR+DMM", setting)
+    setting = loss.Context(args, torch.nn.Conv2d(3, 3, 1), [])
+    criterion = loss.build_loss("CSD+VGG+DCR+DMM", setting)
     assert built == {"VGG19": 1, "VQGAN": 1}
     assert set(criterion.state_dict()) == {"terms.DCR.history.weight", "terms.DCR.history.bias"}
-    assert criterion.trained() == []
-    for net in setting.kept.values():
+    assert criterion.trainable_parameters() == []
+    for net in setting.shared.values():
         assert not net.training and not any(p.requires_grad for p in net.parameters())

@@ -10,7 +10,7 @@ from checkpoint import save_model
 from conftest import ROOT
 from data import degrade
 from data.views import View, make_views, plan, together
-from loss.consistency import draw, on_perturbed
+from loss.consistency import draw, with_label_consistency
 from model.edsr import EDSR
 from model.rcan import RCAN
 from reference.dukd import make_trainer, plain_loss, plain_views, two_ways
@@ -86,7 +86,7 @@ def test_zoom_out_shows_LR_downscaled_and_asks_for_LR(scale, side):
 def test_without_upcycling_there_is_the_plain_view_alone():
     lr, hr = batch()
     (view,) = make_views(lr, hr, parse("--scale 2"))
-    assert view == View("plain", lr, hr, 1) and plan(parse()) == []
+    assert view == View("original", lr, hr, 1) and plan(parse()) == []
 
 
 @pytest.mark.parametrize("line, words", [
@@ -145,7 +145,7 @@ def test_views_of_one_size_go_through_together_with_the_values_of_each_alone(net
 def make_criterion(string, upcycle="zoom_in+zoom_out", more=""):
     args = parse(f"--scale 2 --patch_size 16 --upcycle {upcycle} --feature_net random --neg_num 1 {more}")
     networks = [RCAN(2, **SMALL) for _ in range(2)]
-    return loss.Loss(string, loss.Setting(args, networks[0], networks[1:], views=plan(args)))
+    return loss.build_loss(string, loss.Context(args, networks[0], networks[1:], views=plan(args)))
 
 
 def make_steps(weights=(1, 1), seed=0):
@@ -154,7 +154,7 @@ def make_steps(weights=(1, 1), seed=0):
     for name, weight, truth in zip(("plain", "zoom_in", "zoom_out"), (1, *weights), (True, False, True)):
         sr, hr, answer = 255 * torch.rand(3, 2, 3, 8, 8)
         maps = [[torch.rand(2, 8, 4, 4) for _ in range(4)] for _ in range(2)]
-        steps.append(loss.Step(torch.rand(2, 3, 4, 4), hr if truth else None, loss.Output(sr.requires_grad_(), maps[0]),
+        steps.append(loss.LossInputs(torch.rand(2, 3, 4, 4), hr if truth else None, loss.Output(sr.requires_grad_(), maps[0]),
                                loss.Output(answer, maps[1]), view=name, weight=weight))
     return steps
 
@@ -177,10 +177,10 @@ def test_a_terms_value_is_the_weighted_sum_over_the_views_it_can_work_on():
 
 def test_terms_that_compare_maps_look_at_views_only_where_asked():
     criterion = make_criterion("1*DS+1*TS+10*SA")
-    assert criterion.looks_at("zoom_in", False) == ["TS"] and criterion.looks_at("zoom_out", True) == ["DS", "TS"]
-    assert criterion.looks_at("plain", True) == ["DS", "TS", "SA"] and "features" not in criterion.needs_on("zoom_in", False)
+    assert criterion.terms_on("zoom_in", False) == ["TS"] and criterion.terms_on("zoom_out", True) == ["DS", "TS"]
+    assert criterion.terms_on("original", True) == ["DS", "TS", "SA"] and "features" not in criterion.needs_on("zoom_in", False)
     criterion = make_criterion("1*DS+1*TS+10*SA", more="--view_terms SA")
-    assert criterion.looks_at("zoom_in", False) == criterion.looks_at("zoom_out", True) == ["SA"]
+    assert criterion.terms_on("zoom_in", False) == criterion.terms_on("zoom_out", True) == ["SA"]
     steps = make_steps()
     single = [criterion.terms["SA"](step).item() for step in steps]
     assert criterion(*steps)[1][2].item() == pytest.approx(10 * sum(single), rel=1e-5)
@@ -188,8 +188,8 @@ def test_terms_that_compare_maps_look_at_views_only_where_asked():
 
 def test_every_other_term_works_on_the_views_it_has_the_means_for():
     criterion = make_criterion("DS+TS+LC+NCE+GAN+T_DS", "zoom_in", "--nce_patch_size 8 --width_mult 0.5")
-    assert criterion.looks_at("zoom_in", False) == ["TS", "LC", "NCE"]
-    assert criterion.looks_at("zoom_out", True) == ["DS", "TS", "LC", "NCE", "GAN"]
+    assert criterion.terms_on("zoom_in", False) == ["TS", "LC", "NCE"]
+    assert criterion.terms_on("zoom_out", True) == ["DS", "TS", "LC", "NCE", "GAN"]
 
 
 @pytest.mark.parametrize("string, upcycle, more, words", [
@@ -216,14 +216,14 @@ def repeat(x, features=False):
 def test_a_perturbed_input_is_mapped_back_on_output_and_maps():
     x = 255 * torch.rand(64, 3, 5, 5)
     torch.manual_seed(1)
-    found, = on_perturbed(lambda inputs: [repeat(x, True) for x in inputs], [x], 0.5, 255)
+    found, = with_label_consistency(lambda inputs: [repeat(x, True) for x in inputs], [x], 0.5, 255)
     assert torch.allclose(found.sr, repeat(x).sr, atol=1e-4)
     torch.manual_seed(1)
     inverted = draw(x, 0.5)[:, 0]
     seen = torch.where(inverted.view(-1, 1, 1, 1), 255 - x, x)
     assert 10 < inverted.sum() < 54 and torch.allclose(found.features[0], seen.sqrt(), atol=1e-4)
     state = torch.get_rng_state()
-    found, = on_perturbed(lambda inputs: list(map(repeat, inputs)), [x], 0, 255)
+    found, = with_label_consistency(lambda inputs: list(map(repeat, inputs)), [x], 0, 255)
     assert torch.equal(found.sr, repeat(x).sr) and torch.equal(torch.get_rng_state(), state)
 
 

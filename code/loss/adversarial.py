@@ -105,7 +105,7 @@ class Adversarial(Term):
 
     def update(self, inputs: LossInputs) -> None:
         parameters = list(self.discriminator.parameters())
-        real, fake = self.to_input(inputs.hr), self.to_input(inputs.student.sr)
+        real, fake = self.to_input(inputs.hr), self.to_input(inputs.student.sr.detach())
         for _ in range(self.steps):
             loss = discriminator_loss(self.kind, *self.discriminator(torch.cat([real, fake])).chunk(2))
             if self.kind == "WGAN_GP":

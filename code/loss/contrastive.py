@@ -99,8 +99,7 @@ class ContrastiveLoss(Term):
         """Compute the features of the teacher's output and of upsampled LR images, and which negatives each anchor has."""
         images = global_batch_size(len(inputs.lr))
         if self.negatives > images - 1:
-            raise UserError(f"CSD: {self.negatives} negatives are other images of the batch, which has {images}: give a "
-                            "larger --batch_size or a smaller --neg_num")
+            raise UserError(f"CSD: --neg_num {self.negatives} negatives are other images of the batch, which has {images}")
         chosen = local_shard(draw_negatives(images, self.negatives).T).T
         used, chosen = chosen.unique(return_inverse=True)
         lr = all_gather(inputs.lr)[used.to(inputs.lr.device, non_blocking=True)]
