@@ -26,15 +26,16 @@ request() { # prints the reason of a failure
 command -v curl >/dev/null || command -v wget >/dev/null || fail "curl is missing; install it (apt install curl) or wget"
 failures=0 largest=0
 until reason=$(request); do
-    case $?:$reason in
+    status=$? message="$url: ${reason##*$'\n'}; run again to continue, or name another address by $variable"
+    case $status:$reason in
         *error:\ 416*) exit 0 ;; # the file is complete
         33:*) rm -f "$file" ;; # the server cannot continue a file: start anew
-        23:* | 3:*[Cc]annot\ write* | *denied*) fail "$file: cannot write; make space there, or give another folder" ;;
-        *error:\ 4* | *ERROR\ 4*) failures=3 ;; # no such file: another attempt would fail too
+        23:* | 3:*annot\ write* | 3:*denied*) fail "$file: cannot write; make space there, or give another folder" ;;
+        *error:\ 4* | *ERROR\ 4*) fail "$message" ;; # no such file: another attempt would fail too
     esac
     size=$(wc -c 2>/dev/null < "$file" || echo 0)
     [ "$size" -le "$largest" ] || largest=$size failures=0
     failures=$((failures + 1))
-    [ "$failures" -lt 4 ] || fail "$url: ${reason##*$'\n'}; run again to continue, or name another address by $variable"
+    [ "$failures" -lt 4 ] || fail "$message"
     sleep "$failures"
 done

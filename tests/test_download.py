@@ -62,8 +62,9 @@ def server():
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory):
-    """{client: a folder for PATH with what the scripts call, that client, and a `sleep` that does not wait}; () is neither."""
-    used = "bash bzip2 dirname find grep gzip head mkdir mv rm sed tail tar tr wc xz".split()
+    """{client: a folder for PATH with it, other programs, and a `sleep` that does not wait}; () is no client."""
+    used = ("bash", "bzip2", "dirname", "find", "grep", "gzip", "head", "mkdir", "mv", "rm", "sed", "tail", "tar", "tr",
+            "wc", "xz")
 
     def make(clients):
         folder = tmp_path_factory.mktemp("bin")
@@ -134,14 +135,17 @@ def test_a_server_that_cannot_continue_sends_everything(server, fetch, tmp_path,
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_errors_of_the_server(server, fetch, client):
+def test_errors_of_the_server(server, fetch, tmp_path, client):
+    (tmp_path / "a.part").write_bytes(BODY[:HALF])
     server.statuses = [404]
     assert_error(fetch(client), "404", server.url, "X_URL")
     assert len(server.requests) == 1
     server.statuses = [503, 503]
     assert fetch(client).returncode == 0
+    (tmp_path / "a.part").unlink()
     server.statuses = [503] * 9
     assert_error(fetch(client), "503", "run again")
+    assert len(server.requests) == 1 + 3 + 4
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -160,10 +164,11 @@ def test_addresses(script, tmp_path, url):
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_disk_that_is_full(server, script, client):
+def test_a_disk_that_is_full(server, fetch, tmp_path, client):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
-    assert_error(script("fetch.sh", server.url, "/dev/full", "X_URL", client=client), "/dev/full", "make space")
+    (tmp_path / "a.part").symlink_to("/dev/full")
+    assert_error(fetch(client), f"{tmp_path}/a.part: cannot write", "make space")
     assert len(server.requests) == 1
 
 
