@@ -58,6 +58,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ ${#names[@]} -gt 0 ] || names=(DIV2K benchmark)
+root=${root/#"~/"/$HOME/} # quoted, or after --dir_data=
 [[ $root == /* ]] || root=$PWD/$root
 mkdir -p "$root" 2>/dev/null || fail "$root: cannot make this folder"
 
@@ -83,9 +84,9 @@ for name in "${names[@]}"; do
         rm -rf "$staging"
         fail "$archive: not unpacked (${problem%%$'\n'*}); make space, or delete it to download it again"
     }
-    mkdir -p "$root/$name"
+    mkdir -p "$root/$name" 2>/dev/null || fail "$root/$name: cannot make this folder"
     for folder in "$staging/$name"/*; do
-        [ -e "$root/$name/${folder##*/}" ] || mv "$folder" "$root/$name/" || fail "$root/$name: cannot write"
+        [ -e "$root/$name/${folder##*/}" ] || mv "$folder" "$root/$name/" 2>/dev/null || fail "$root/$name: cannot write"
     done
     rm -rf "$staging"
     problem=$(check "$root" "$name") || fail "$root/$problem; move that folder away, then run again"

@@ -328,6 +328,17 @@ def test_mistakes(script, tmp_path, arguments, words):
     assert files(tmp_path) == ["file"]
 
 
+def test_a_file_in_the_way_and_a_home_folder(script, server, tmp_path):
+    server.body = tar(benchmark())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "benchmark").touch()
+    ran = script("download_data.sh", "benchmark", "--dir_data=~/data", BENCHMARK_URL=server.url)
+    assert_error(ran, f"{tmp_path}/data/benchmark: cannot make")
+    (tmp_path / "data" / "benchmark").unlink()
+    assert script("download_data.sh", "benchmark", "--dir_data", "~/data", BENCHMARK_URL=server.url).returncode == 0
+    assert files(tmp_path / "data") == sorted(benchmark())
+
+
 def test_help(script):
     ran = script("download_data.sh", "--help")
     assert ran.stdout.startswith("usage: bash scripts/download_data.sh [DIV2K]") and "BENCHMARK_URL" in ran.stdout
