@@ -1,48 +1,54 @@
-"""Entry of scripts/download_teacher.sh: fetches released checkpoints and checks that they load."""
+"""Entry of scripts/download_teacher.sh: downloads released checkpoints and checks that they load."""
 import argparse
+import hashlib
 import logging
 import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
-from download import fetch, writing
 from option import ROOT, Parser, home_path
-from released import LOSS_NETWORKS, RELEASED
+from released import LOSS_NETWORKS, RELEASED, Release
 from system import errors
-from system.errors import UserError
+from system.errors import UserError, writing
 
 log = logging.getLogger(__name__)
 VARIABLE = "TEACHER_URL"
 
 
-def provide(release, folder):
-    """Fetches a file that `folder` does not hold, and checks it; returns a line that says what is where.
+def provide(release: Release, folder: Path) -> str:
+    """Download a file that `folder` does not hold, and return a line on what is in it.
 
-    The file appears under its own name only after it has loaded. Raises UserError, for one that is behind a page too.
+    The file gets its name only after it has been loaded. Raises UserError, also for a file behind a page, and
+    CalledProcessError where fetch.sh has failed and printed why.
     """
     target = folder / release.file
     if target.is_file():
         return f"{target}: {check(release, target)}"
     site = os.environ.get(VARIABLE) or release.where
     if not site.startswith(("http://", "https://")):
-        raise UserError(f"{release.title}: no plain address is known; get it from the links on {site}, save it as {target}")
-    url = f"{site.rstrip('/')}/{release.file}"
-    log.info("%s: fetching %s", release.title, url)
-    digits = re.search(r"-([0-9a-f]{8})\.pth?$", release.file)  # torch hub's way: the beginning of the sha256
-    unchecked = target.with_name(f"{target.name}.unchecked")
-    fetch(url, unchecked, digits and digits[1], hint=f"{VARIABLE} can name the address of another folder")
+        raise UserError(f"{release.title}: cannot be downloaded directly; follow the links on {site}, save it as {target}")
+    url, part = f"{site.rstrip('/')}/{release.file}", folder / f"{release.file}.part"
+    log.info("%s: downloading %s", release.title, url)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["bash", ROOT / "scripts" / "fetch.sh", url, part, VARIABLE], check=True)
     try:
-        holds = check(release, unchecked)
+        digits = re.search(r"-([0-9a-f]{8})\.pth?$", release.file)  # torch.hub's convention: the sha256 begins with them
+        if digits and not hashlib.sha256(part.read_bytes()).hexdigest().startswith(digits[1]):
+            raise UserError(f"the sha256 does not begin with {digits[1]}")
+        contents = check(release, part)
     except UserError as problem:
-        unchecked.unlink()
-        raise UserError(f"{url} is not {release.title}: {problem}; it is deleted") from None
+        part.unlink()
+        raise UserError(f"{url} is not {release.title}: {problem}; the download is deleted") from None
     with writing(target):
-        os.replace(unchecked, target)
-    return f"{target}: {holds}"
+        part.replace(target)
+    return f"{target}: {contents}"
 
 
-def check(release, path):
-    """What is in the file, in words; raises CheckpointError where that is not the network, or not for that scale."""
+def check(release: Release, path: Path) -> str:
+    """Describe the network in the file; raises CheckpointError where it is another one, or one of another scale."""
     from model import load_model  # noqa: PLC0415 - --help and the list of names should not wait for torch
     from model.loading import CheckpointError, read_checkpoint  # noqa: PLC0415
 
@@ -55,33 +61,29 @@ def check(release, path):
     return f"{type(net).__name__} {scales}, {sum(p.numel() for p in net.parameters()):,} parameters"
 
 
-def listing():
+def listing() -> str:
+    """Return the table of names, files and where they are published."""
     rows = [(release.title, release.file, release.where) for release in RELEASED.values()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"  {title:<{widths[0]}}  {file:<{widths[1]}}  {where}" for title, file, where in rows)
 
 
-def make_parser():
+def main() -> int:
+    """Download the checkpoints named on the command line, or list all names; return the exit status."""
     parser = Parser(prog="bash scripts/download_teacher.sh", formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False,
-                    description="Fetches released checkpoints, checks that they load, and puts them where --teacher finds "
-                                "them.\nFor those behind a page it says which one, and the name to save the file as.",
-                    epilog=f"environment variable {VARIABLE}: address of a folder to fetch all files from instead\n\n"
-                           f"names, files, and where they are published (https://: fetched from there):\n{listing()}")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="what to fetch; without any, the names are listed")
+                    description="Downloads released checkpoints, checks that they load, and puts them where --teacher finds "
+                                "them.\nFor those behind a page it prints the page and the name to save the file as.",
+                    epilog=f"environment variable {VARIABLE}: address of another folder to download all files from\n\n"
+                           f"names, files, and where they are published (https://: downloaded from there):\n{listing()}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to download; without any, lists the names")
     parser.add_argument("--dir", metavar="FOLDER", default=ROOT / "teacher_checkpoint", type=home_path,
-                        help="where to put it (default: %(default)s)")
-    return parser
-
-
-def main(argv=None):
-    parser = make_parser()
-    args = parser.parse_intermixed_args(argv)
+                        help="where to put them (default: %(default)s)")
+    args = parser.parse_intermixed_args()
     for name in args.names:
         if name not in RELEASED:
-            near = [title for title in RELEASED if title.startswith(f"{name}_x")]
-            parser.error(f"there is no checkpoint {name}: " + (f"say which, {' or '.join(near)}" if near else
-                                                               f"there are {', '.join(RELEASED)}"))
+            near = [title for title in RELEASED if title.startswith(f"{name}_x")] or list(RELEASED)
+            parser.error(f"there is no checkpoint {name}; choose {' or '.join(near)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if not args.names:
         log.info("%s", listing())
@@ -91,6 +93,8 @@ def main(argv=None):
             log.info("%s", provide(RELEASED[name], args.dir))
         except UserError as problem:
             status = errors.fail(problem)
+        except subprocess.CalledProcessError:
+            status = 2
     return status
 
 

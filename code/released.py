@@ -1,4 +1,7 @@
-"""Released checkpoints: what --teacher and scripts/download_teacher.sh call them, their files, where they are. No torch."""
+"""Released checkpoints: names for --teacher and scripts/download_teacher.sh, file names, and where they are published.
+
+Imports no torch, so that --help is instant.
+"""
 from typing import NamedTuple
 
 EDSR_SITE = "https://cv.snu.ac.kr/research/EDSR/models/"
@@ -8,19 +11,21 @@ FAKD_PAGE = "github.com/Vincent-Hoo/Knowledge-Distillation-for-Super-resolution"
 
 
 class Release(NamedTuple):
-    """One published file. `where` is the https:// folder that it can be fetched from, or the page that leads to it."""
+    """A published file; `where` is the https:// folder that it can be downloaded from, or else the page that links to it."""
+
     name: str
     scales: tuple
     file: str
     where: str
 
     @property
-    def title(self):
-        """What the download calls it: EDSR_x2, and without a scale what holds several or none."""
+    def title(self) -> str:
+        """Return the name for scripts/download_teacher.sh: with its scale (EDSR_x2), or without one if not of one scale."""
         return f"{self.name}_x{self.scales[0]}" if len(self.scales) == 1 else self.name
 
 
-def each_scale(name, file, where, scales=(2, 3, 4)):
+def each_scale(name: str, file: str, where: str, scales: tuple = (2, 3, 4)) -> list[Release]:
+    """Return a Release for each scale; `file` contains {scale}."""
     return [Release(name, (scale,), file.format(scale=scale), where) for scale in scales]
 
 
@@ -46,13 +51,13 @@ TEACHERS = [
     *each_scale("RDN", "rdn_x{scale}.pt", "github.com/sanghyun-son/EDSR-PyTorch"),
     *each_scale("IMDN", "IMDN_x{scale}.pth", "github.com/Zheng222/IMDN"),
 ]
-LOSS_NETWORKS = [  # networks that terms of the loss look at images with
+LOSS_NETWORKS = [  # fixed feature extractors of loss terms: VGG and CSD, DCR and DMM
     Release("vgg19", (), "vgg19-dcbb9e9d.pth", TORCH_SITE),
     Release("vqgan_f16_1024", (), "vqgan_f16_1024.ckpt", "heibox.uni-heidelberg.de/d/8088892a516d4e3baf92/"),
 ]
 RELEASED = {release.title: release for release in TEACHERS + LOSS_NETWORKS}
 
-# other files that a teacher may be in: FAKD's and BasicSR's, and the small one that was trained here
+# Other file names of teachers: those of FAKD and BasicSR, and of the small teachers trained in this project.
 ALSO = {
     "EDSR": ("EDSR_BIX{scale}.pt", "EDSR_Lx{scale}_f256b32_DIV2K_official-*.pth"),
     "RCAN": ("RCAN_compact_x{scale}.pt",),
@@ -60,7 +65,7 @@ ALSO = {
 }
 
 
-def files_of(name, scale):
-    """Names, as glob patterns, of the files that hold the teacher for a scale, in the order in which to look for them."""
+def files_of(name: str, scale: int) -> list[str]:
+    """Return glob patterns of the file names of a teacher of that scale, in the order of preference."""
     files = [release.file for release in TEACHERS if release.name == name and scale in release.scales]
     return files + [pattern.format(scale=scale) for pattern in ALSO.get(name, ())]

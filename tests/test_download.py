@@ -1,25 +1,22 @@
-"""Downloads from a server in this process, well-behaved and not; unpacking; the script as a user runs it."""
-import hashlib
+"""scripts/download_data.sh and scripts/fetch.sh with a server in this process, well-behaved and not."""
 import io
 import os
+import shutil
 import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-import download
 import numpy as np
 import pytest
-from download import fetch, unpack
-from imageio.v2 import imwrite
-from system.errors import UserError
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+CLIENTS = "curl", "wget"
 SETS = "Set5", "Set14", "B100", "Urban100"
 BODY = np.random.RandomState(0).bytes(300_000)
-SHA256 = hashlib.sha256(BODY).hexdigest()
+HALF = len(BODY) // 2
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -27,46 +24,33 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server = self.server
-        asked = self.headers.get("Range")
-        server.asked.append(asked)
-        if server.status:
-            return self.send_error(server.status)
-        same = self.headers.get("If-Range") in (None, server.etag) or server.ignores_if_range
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and same and not server.ignores_range else 0
+        requested = self.headers.get("Range")
+        server.requests.append(requested)
+        status = server.statuses.pop(0) if server.statuses else 200
+        if status != 200:
+            return self.send_error(status)
+        start = int(requested.removeprefix("bytes=").rstrip("-")) if requested and not server.ignores_range else 0
         total = len(server.body)
         if start >= total:
-            return self.refuse_range(total)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{total}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{'*' if server.hides_total else total}")
-        if server.etag:
-            self.send_header("ETag", server.etag)
-        self.send_header("Content-Length", total - start + server.overstates)
+            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+        self.send_header("Content-Length", str(total - start))
         self.end_headers()
-        end = start + server.drops.pop(0) if server.drops else total
-        self.wfile.write(server.body[start:end])
-        server.sent.append(len(server.body[start:end]))
-
-    def refuse_range(self, total):
-        page = b"<html>no such range</html>"
-        self.send_response(416)
-        self.send_header("Content-Range", f"bytes */{total}")
-        self.send_header("Content-Length", len(page))
-        self.end_headers()
-        self.wfile.write(page)
+        self.wfile.write(server.body[start:start + server.drops.pop(0) if server.drops else total])
 
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture
-def server(monkeypatch):
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
+def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.body, server.etag, server.status = BODY, '"one"', None
-    server.drops, server.overstates, server.ignores_range, server.ignores_if_range = [], 0, False, False
-    server.hides_total, server.asked, server.sent = False, [], []
+    server.body, server.ignores_range, server.drops, server.statuses, server.requests = BODY, False, [], [], []
     server.url = f"http://127.0.0.1:{server.server_port}/file.bin"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -76,199 +60,125 @@ def server(monkeypatch):
     thread.join()
 
 
-def get(server, target, **kwargs):
-    return fetch(server.url, target, pause=0.001, **kwargs)
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """{client: a folder for PATH with it, other programs, and a `sleep` that does not wait}; () is no client."""
+    used = ("bash", "bzip2", "dirname", "find", "grep", "gzip", "head", "mkdir", "mv", "rm", "sed", "tail", "tar", "tr",
+            "wc", "xz")
+
+    def make(clients):
+        folder = tmp_path_factory.mktemp("bin")
+        for program in [*used, *clients]:
+            if shutil.which(program):
+                (folder / program).symlink_to(shutil.which(program))
+        (folder / "python3").symlink_to(os.path.realpath(sys.executable))
+        (folder / "sleep").write_text("#!/bin/sh\n")
+        (folder / "sleep").chmod(0o755)
+        return str(folder)
+    return {(): make(()), **{client: make([client]) for client in CLIENTS}}
 
 
-def leave_half(server, target, size=100_000):
-    """As after Ctrl-C: `size` bytes have arrived, and the call has ended."""
-    server.drops, server.status = [size], None
-    original, download.TRIES = download.TRIES, 1
-    try:
-        with pytest.raises(UserError, match="run again to go on"):
-            get(server, target)
-    finally:
-        download.TRIES = original
-    assert target.with_name("a.bin.part").read_bytes() == server.body[:size]
-    server.asked.clear()
-    server.sent.clear()
+@pytest.fixture
+def script(programs, tmp_path):
+    """script(name, *arguments, client="curl", **environment) -> the process, with its stdout and stderr."""
+    def run(name, *arguments, client="curl", cwd=tmp_path, **environment):
+        if client and not shutil.which(client):
+            pytest.skip(f"no {client} here")
+        env = {"PATH": programs[client], "HOME": str(tmp_path), "no_proxy": "127.0.0.1", **environment}
+        return subprocess.run([shutil.which("bash"), str(ROOT / "scripts" / name), *map(str, arguments)], env=env, cwd=cwd,
+                              capture_output=True, text=True, timeout=60, check=False)
+    return run
+
+
+@pytest.fixture
+def fetch(script, server, tmp_path):
+    def run(client="curl", url=None):
+        return script("fetch.sh", url or server.url, tmp_path / "a.part", "X_URL", client=client)
+    return run
+
+
+def assert_error(ran, *words):
+    lines = ran.stderr.splitlines()
+    assert ran.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), ran
+    for word in words:
+        assert word in lines[0]
 
 
 def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("bar", [True, False])
-def test_fresh(server, tmp_path, monkeypatch, bar):
-    if not bar:
-        monkeypatch.setattr(download, "tqdm", None)
-    target = tmp_path / "new" / "a.bin"
-    assert get(server, target, sha256=SHA256) == target
-    assert target.read_bytes() == BODY
-    assert files(tmp_path) == ["new/a.bin"]
-    assert server.asked == [None]
+# ---- fetch.sh
 
-
-def test_resumes_within_a_call(server, tmp_path):
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_broken_connection_is_continued_as_long_as_bytes_arrive(server, fetch, tmp_path, client):
     server.drops = [50_000] * 5
-    assert len(server.drops) > download.TRIES  # what gains ground may go on
-    get(server, tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == BODY
-    assert server.asked == [None, *(f"bytes={start}-" for start in range(50_000, 300_000, 50_000))]
-    assert server.sent == [50_000] * 6
+    ran = fetch(client)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    assert (tmp_path / "a.part").read_bytes() == BODY
+    assert server.requests == [None, *(f"bytes={start}-" for start in range(50_000, 300_000, 50_000))]
 
 
-def test_a_size_told_only_at_first(server, tmp_path):
-    server.drops, server.hides_total = [100_000, 50_000], True
-    get(server, tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == BODY
+@pytest.mark.parametrize("client", CLIENTS)
+def test_an_interrupted_download_is_continued(server, fetch, tmp_path, client):
+    (tmp_path / "a.part").write_bytes(BODY[:HALF])
+    for requests in [f"bytes={HALF}-"], [f"bytes={HALF}-", f"bytes={len(BODY)}-"]:  # the second time, it is complete
+        assert fetch(client).returncode == 0 and server.requests == requests
+        assert (tmp_path / "a.part").read_bytes() == BODY
 
 
-def test_resumes_after_an_end(server, tmp_path):
-    leave_half(server, tmp_path / "a.bin")
-    get(server, tmp_path / "a.bin", sha256=SHA256[:8])
-    assert files(tmp_path) == ["a.bin"]
-    assert server.asked == ["bytes=100000-"]
-    assert server.sent == [200_000]
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_server_that_cannot_continue_sends_everything(server, fetch, tmp_path, client):
+    (tmp_path / "a.part").write_bytes(BODY[:HALF])
+    server.ignores_range = True
+    assert fetch(client).returncode == 0 and (tmp_path / "a.part").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("rude", [False, True])
-def test_restarts_when_the_file_changed(server, tmp_path, rude):
-    leave_half(server, tmp_path / "a.bin")
-    server.body, server.etag, server.ignores_if_range = BODY[::-1], '"two"', rude
-    get(server, tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == BODY[::-1]
-    assert server.asked == ["bytes=100000-", *([None] if rude else [])]
+@pytest.mark.parametrize("client", CLIENTS)
+def test_errors_of_the_server(server, fetch, tmp_path, client):
+    (tmp_path / "a.part").write_bytes(BODY[:HALF])
+    server.statuses = [404]
+    assert_error(fetch(client), "404", server.url, "X_URL")
+    assert len(server.requests) == 1
+    server.statuses = [503, 503]
+    assert fetch(client).returncode == 0
+    (tmp_path / "a.part").unlink()
+    server.statuses = [503] * 9
+    assert_error(fetch(client), "503", "run again")
+    assert len(server.requests) == 1 + 3 + 4
 
 
-@pytest.mark.parametrize("change", ["no etag", "ignores range", "other address", "no note"])
-def test_restarts_when_nothing_vouches_for_the_half(server, tmp_path, change):
-    if change == "no etag":
-        server.etag = None
-    leave_half(server, tmp_path / "a.bin")
-    server.body = BODY[::-1]
-    server.ignores_range = change == "ignores range"
-    if change == "other address":
-        server.url += "2"
-    if change == "no note":
-        (tmp_path / "a.bin.about.part").unlink()
-    get(server, tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == BODY[::-1]
-    assert server.asked == ["bytes=100000-" if change == "ignores range" else None]
+@pytest.mark.parametrize("client", CLIENTS)
+def test_no_connection(fetch, client):
+    assert_error(fetch(client, "http://127.0.0.1:9/a"), "http://127.0.0.1:9/a", "onnect", "X_URL")
+    assert_error(fetch(client, "http://a.invalid/a"), "esolve host", "X_URL")
 
 
-def test_complete_part(server, tmp_path):
-    leave_half(server, tmp_path / "a.bin")
-    (tmp_path / "a.bin.part").write_bytes(BODY)
-    get(server, tmp_path / "a.bin", sha256=SHA256)
-    assert files(tmp_path) == ["a.bin"]
-    assert server.asked == ["bytes=300000-"]
-    assert sum(server.sent) == 0
+def test_neither_curl_nor_wget(fetch):
+    assert_error(fetch(()), "install curl")
 
 
-def test_part_longer_than_the_file(server, tmp_path):
-    leave_half(server, tmp_path / "a.bin")
-    (tmp_path / "a.bin.part").write_bytes(BODY + b"more")
-    get(server, tmp_path / "a.bin")
-    assert (tmp_path / "a.bin").read_bytes() == BODY
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://host/a", "a.bin", "https://", "http://host/a b", "-o/x", ""])
+def test_addresses(script, tmp_path, url):
+    assert_error(script("fetch.sh", url, tmp_path / "a.part", "X_URL"), "X_URL", "is not an address")
 
 
-@pytest.mark.parametrize("ignores_range", [False, True])
-def test_a_size_never_reached_ends(server, tmp_path, ignores_range):
-    server.overstates, server.ignores_range = 5, ignores_range
-    with pytest.raises(UserError) as caught:
-        get(server, tmp_path / "a.bin")
-    assert "times in a row" in str(caught.value)
-    assert not (tmp_path / "a.bin").exists()
-    assert len(server.asked) <= 2 * download.TRIES
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_disk_that_is_full(server, fetch, tmp_path, client):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    (tmp_path / "a.part").symlink_to("/dev/full")
+    assert_error(fetch(client), f"{tmp_path}/a.part: cannot write", "make space")
+    assert len(server.requests) == 1
 
 
-def test_other_checksum(server, tmp_path):
-    with pytest.raises(UserError, match=SHA256):
-        get(server, tmp_path / "a.bin", sha256="0edfb8a3")
-    assert files(tmp_path) == []
-
-
-def test_checksum_must_be_one(server, tmp_path):
-    for wrong in ("", "0edf", "xyzxyzxy"):
-        with pytest.raises(ValueError):
-            get(server, tmp_path / "a.bin", sha256=wrong)
-
-
-def test_there_already(server, tmp_path):
-    (tmp_path / "a.bin").write_bytes(BODY)
-    get(server, tmp_path / "a.bin", sha256=SHA256)
-    assert server.asked == []
-    with pytest.raises(UserError, match="move it away"):
-        get(server, tmp_path / "a.bin", sha256="0" * 64)
-    assert (tmp_path / "a.bin").read_bytes() == BODY
-
-
-def test_server_errors(server, tmp_path):
-    server.status = 404
-    with pytest.raises(UserError, match=r"404 \(Not Found\); look elsewhere"):
-        get(server, tmp_path / "a.bin", hint="look elsewhere")
-    assert len(server.asked) == 1
-    server.status = 503
-    with pytest.raises(UserError, match="503"):
-        get(server, tmp_path / "a.bin")
-    assert len(server.asked) == 1 + download.TRIES
-    assert files(tmp_path) == []
-
-
-def test_no_connection(server, tmp_path):
-    with pytest.raises(UserError, match="no connection"):
-        fetch("http://127.0.0.1:9/a.bin", tmp_path / "a.bin", pause=0.001)
-
-
-@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://host/a", "a.bin", "https://", "http://host:port/a",
-                                 "http://host/a b"])
-def test_addresses(tmp_path, url):
-    with pytest.raises(UserError, match="is not an address"):
-        fetch(url, tmp_path / "a.bin")
-
-
-def test_no_space(server, tmp_path, monkeypatch):
-    usage = download.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=299_999))
-    with pytest.raises(UserError, match=r"0\.3 MB to fetch.*make space"):
-        get(server, tmp_path / "a.bin")
-    assert server.asked == [None]
-
-
-def test_folder_that_cannot_be(server, tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="file"):
-        get(server, tmp_path / "file" / "a.bin")
-
-
-def test_ctrl_c_keeps_what_arrived(server, tmp_path, monkeypatch):
-    chunks = iter([BODY[:70_000]])
-
-    def read(response):
-        chunk = next(chunks, None)
-        if chunk is None:
-            raise KeyboardInterrupt
-        return chunk
-    with monkeypatch.context() as patch:
-        patch.setattr(download, "read", read)
-        with pytest.raises(KeyboardInterrupt):
-            get(server, tmp_path / "a.bin")
-    get(server, tmp_path / "a.bin", sha256=SHA256)
-    assert server.asked == [None, "bytes=70000-"]
-
-
-def png():
-    file = io.BytesIO()
-    imwrite(file, np.zeros((2, 2, 3), np.uint8), format="png")
-    return file.getvalue()
-
+# ---- download_data.sh
 
 def benchmark(lack=()):
     """{member: bytes} of a small benchmark archive, two images a set."""
     names = [f"benchmark/{name}/{kind}/{image}.png" for name in SETS for kind in ("HR", "LR_bicubic/X2", "LR_bicubic/X4")
              for image in ("a", "b")]
-    return {name: png() for name in names if name not in lack}
+    return {name: name.encode() * 50 for name in names if name not in lack}
 
 
 def tar(members, mode="w:"):
@@ -289,165 +199,147 @@ def zipped(members):
     return file.getvalue()
 
 
-KINDS = {"tar": tar, "tar.gz": lambda members: tar(members, "w:gz"), "zip": zipped}
+KINDS = {"tar": tar, "tar.gz": lambda members: tar(members, "w:gz"), "tar.xz": lambda members: tar(members, "w:xz"),
+         "tar.bz2": lambda members: tar(members, "w:bz2"), "zip": zipped}
+
+
+@pytest.fixture
+def get(script, server, tmp_path):
+    """get() runs download_data.sh for the benchmark images into tmp_path/data."""
+    (tmp_path / "data").mkdir()
+
+    def run(*arguments, **environment):
+        return script("download_data.sh", "benchmark", "--dir_data", tmp_path / "data", *arguments,
+                      **{"BENCHMARK_URL": server.url, **environment})
+    return run
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unpack(tmp_path, kind):
-    members = {"a/b.txt": b"b" * 5000, "c.txt": b"c"}
-    (tmp_path / "x").write_bytes(KINDS[kind](members))
-    (tmp_path / "out" / "a").mkdir(parents=True)
-    (tmp_path / "out" / "a" / "mine.txt").write_bytes(b"mine")
-    unpack(tmp_path / "x", tmp_path / "out")
-    assert files(tmp_path / "out") == ["a/b.txt", "a/mine.txt", "c.txt"]
-    assert (tmp_path / "out" / "a" / "b.txt").read_bytes() == members["a/b.txt"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["a", "c.txt"]
+def test_data_are_downloaded_once(get, server, tmp_path, kind):
+    server.body = KINDS[kind](benchmark())
+    ran = get()
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert {name: (tmp_path / "data" / name).read_bytes() for name in files(tmp_path / "data")} == benchmark()
+    assert os.listdir(tmp_path / "data") == ["benchmark"]
+    ran = get()
+    assert (ran.returncode, ran.stdout) == (0, f"benchmark: complete in {tmp_path}/data/benchmark\n")
+    assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("filtered", [True, False])
-@pytest.mark.parametrize("name", ["../out.txt", "a/../../out.txt", "/tmp/out.txt", "..\\out.txt", "C:\\out.txt"])
-def test_members_outside_are_refused(tmp_path, monkeypatch, kind, filtered, name):
-    if not filtered:  # Python 3.10.11, 3.11.3 and before
-        monkeypatch.delattr(tarfile, "data_filter", raising=False)
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "x").write_bytes(KINDS[kind]({"good.txt": b"", name: b"bad"}))
-    with pytest.raises(UserError, match="outside"):
-        unpack(folder / "x", folder)
-    assert files(tmp_path) == ["folder/x"]
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-def test_links_and_devices_are_refused(tmp_path, kind):
-    link = tarfile.TarInfo("link")
-    link.type, link.linkname = kind, "/etc/hostname"
-    (tmp_path / "x").write_bytes(tar({"good.txt": b"", link: b""}))
-    with pytest.raises(UserError, match="link or a device"):
-        unpack(tmp_path / "x", tmp_path)
-    assert os.listdir(tmp_path) == ["x"]
-
-
-def spoiled(kind, how):
-    content = KINDS[kind]({"a.bin": BODY[:3000], "b.bin": BODY[:3000]})
-    if how == "empty":
-        return b""
-    if how == "page":
-        return b"<html>Please log in</html>" * 100
-    if how == "half":
-        return content[:len(content) // 2]
-    if how == "member edge":  # where the second header would begin
-        return tar({"a.bin": BODY[:3000]})[:512 + 3072]
-    middle = 512 + 3072 if kind == "tar" else len(content) // 3
-    return content[:middle] + b"spoiled!" + content[middle + 8:]
-
-
-@pytest.mark.parametrize("how", ["empty", "page", "half", "member edge", "middle"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_damaged_archives_are_deleted(tmp_path, kind, how):
-    (tmp_path / "x").write_bytes(spoiled(kind, how))
-    with pytest.raises(UserError, match="deleted: run again"):
-        unpack(tmp_path / "x", tmp_path)
-    assert os.listdir(tmp_path) == []
-
-
-def overwritten(content, start, new):
-    return content[:start] + new + content[start + len(new):]
-
-
-SOUND_GZIP, SOUND_ZIP = KINDS["tar.gz"]({"a": b"a"}), zipped({"\u00e9": b"a"})
-
-
-@pytest.mark.parametrize("content", [
-    SOUND_GZIP[:-4], overwritten(SOUND_GZIP, len(SOUND_GZIP) - 8, bytes(4)), overwritten(SOUND_ZIP, 30 + 2, b"\xff"),
-    SOUND_ZIP.replace("\u00e9".encode(), b"\xff\xff")], ids=["no length", "checksum", "deflate", "name"])
-def test_damage_deep_inside(tmp_path, content):
-    (tmp_path / "x").write_bytes(content)
-    with pytest.raises(UserError, match="deleted: run again"):
-        unpack(tmp_path / "x", tmp_path)
-    assert os.listdir(tmp_path) == []
-
-
-def provide(root):
-    return download.provide("benchmark", root, keep=False)
-
-
-def test_incomplete_data_is_fetched_and_completed(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("BENCHMARK_URL", server.url)
-    server.body = tar(benchmark())
-    mine = tmp_path / "benchmark" / "Mine" / "HR" / "m.png"
-    mine.parent.mkdir(parents=True)
-    mine.write_bytes(png())
-    assert len(provide(tmp_path)) == 4
-    assert mine.exists()
-
-    (tmp_path / "benchmark" / "B100" / "LR_bicubic" / "X4" / "a.png").unlink()
-    assert len(provide(tmp_path)) == 4
-    assert len(server.asked) == 2
-    assert files(tmp_path) == sorted([*benchmark(), "benchmark/Mine/HR/m.png"])
-
-    provide(tmp_path)
-    assert len(server.asked) == 2
-    (tmp_path / "benchmark.tar.unpacking").mkdir()  # as after a kill while it was put in place
-    provide(tmp_path)
-    assert len(server.asked) == 3
-    assert os.listdir(tmp_path) == ["benchmark"]
-
-
-@pytest.mark.parametrize("lack,message", [
-    (["benchmark/B100/HR/a.png"], "benchmark/B100/LR_bicubic/X2 holds 2 PNG images, benchmark/B100/HR 1"),
-    (["benchmark/Set14/HR/a.png", "benchmark/Set14/HR/b.png"], "benchmark/Set14/HR holds no PNG images")])
-def test_an_archive_of_something_else(server, tmp_path, monkeypatch, lack, message):
-    monkeypatch.setenv("BENCHMARK_URL", server.url)
-    server.body = tar(benchmark(lack))
-    with pytest.raises(UserError, match="is not the dataset benchmark: " + message):
-        provide(tmp_path)
-    assert os.listdir(tmp_path) == ["benchmark.tar"]
-
-
-def script(*args, **env):
-    env = {"PATH": os.environ["PATH"], "no_proxy": "127.0.0.1", **env}
-    return subprocess.run(["bash", "scripts/download_data.sh", *map(str, args)], cwd=ROOT, env=env, capture_output=True,
-                          text=True, timeout=30, check=False)
-
-
-def test_script(server, tmp_path):
-    server.body = tar(benchmark())
-    first = script("benchmark", "--dir_data", tmp_path, BENCHMARK_URL=server.url)
-    assert (first.returncode, first.stderr) == (0, "")
-    assert files(tmp_path) == sorted(benchmark())
-    for name in SETS:
-        folder = tmp_path / "benchmark" / name
-        assert f"{folder}/HR: 2 images; LR: X2 X4 in {folder}/LR_bicubic\n" in first.stdout
-
-    second = script("--dir_data", tmp_path, "benchmark", BENCHMARK_URL=server.url)
-    assert second.returncode == 0
-    assert len(second.stdout.splitlines()) == len(SETS)
-    assert len(server.asked) == 1
-
-
-def test_script_div2k_and_keep(server, tmp_path):
-    members = {f"DIV2K/{folder}/0001{end}.png": png() for folder, end in (
-        ("DIV2K_train_HR", ""), ("DIV2K_train_LR_bicubic/X2", "x2"))}
+def test_div2k_into_a_relative_folder_with_its_archive_kept(script, server, tmp_path):
+    members = {"DIV2K/DIV2K_train_HR/0001.png": b"a", "DIV2K/DIV2K_train_LR_bicubic/X2/0001x2.png": b"b"}
     server.body = tar(members)
-    result = script("DIV2K", "--keep", "--dir_data", tmp_path, DIV2K_URL=server.url)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert files(tmp_path) == ["DIV2K.tar", *sorted(members)]
+    ran = script("download_data.sh", "DIV2K", "--keep", "--dir_data", "a b;c:d", DIV2K_URL=server.url)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert files(tmp_path / "a b;c:d") == ["DIV2K.tar", *sorted(members)]
 
 
-def test_script_one_line_for_mistakes(server, tmp_path):
-    server.status = 404
-    gone = script("benchmark", "--dir_data", tmp_path, BENCHMARK_URL=server.url)
-    assert gone.returncode == 2
-    assert len(gone.stderr.splitlines()) == 1
-    assert gone.stderr.startswith("error: ")
-    assert "404" in gone.stderr
-    assert "BENCHMARK_URL" in gone.stderr
+def test_an_interrupted_call_is_continued(get, server, tmp_path):
+    server.body = tar(benchmark())
+    server.drops = [1000]
+    server.statuses = [200, 404]
+    assert_error(get(), "404")
+    assert files(tmp_path) == ["data/benchmark.tar.part"] and get().returncode == 0
+    assert server.requests == [None, "bytes=1000-", "bytes=1000-"]
+    (tmp_path / "data" / ".benchmark.unpacking").mkdir()  # as after a kill while images were put in place
+    shutil.rmtree(tmp_path / "data" / "benchmark" / "B100")
+    assert get().returncode == 0 and files(tmp_path / "data") == sorted(benchmark())
 
-    typo = script("Set5", "--dir_data", tmp_path)
-    assert typo.returncode == 2
-    assert typo.stderr == "error: there is no dataset Set5: there are DIV2K, benchmark\n"
 
-    nobody = script("DIV2K", "--dir_data", "~nobody_here/data")
-    assert nobody.returncode == 2
-    assert nobody.stderr == "error: argument --dir_data: there is no home folder ~nobody_here\n"
+@pytest.mark.parametrize("ending, kind", [("tar.xz", "tar.xz"), ("tar", "tar.xz"), ("tar", "zip"), ("tgz", "tar.gz")])
+def test_an_archive_put_there_by_hand_is_used_and_kept(get, tmp_path, ending, kind):
+    (tmp_path / "data" / f"benchmark.{ending}").write_bytes(KINDS[kind](benchmark()))
+    ran = get(client=())
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert files(tmp_path / "data") == sorted([f"benchmark.{ending}", *benchmark()])
+
+
+def member(kind, target="/etc/hostname"):
+    info = tarfile.TarInfo("benchmark/link")
+    info.type, info.linkname = kind, target
+    return info
+
+
+SOUND = tar(benchmark())
+BAD = {
+    "empty": b"", "page": b"<html>Please log in</html>" * 100, "zeros": bytes(10_240), "half": SOUND[:len(SOUND) // 2],
+    "header": SOUND.replace(b"benchmark/Set14/HR/a.png\0", b"benchmark/Set14/HR/a.gif\0"),
+    **{f"half of a {kind}": KINDS[kind](benchmark())[:-200] for kind in ("tar.gz", "tar.xz", "tar.bz2", "zip")},
+    "zip": zipped(benchmark()).replace(b"PK\3\4", b"PK\3\5", 1),
+    "above": tar({**benchmark(), "../out.txt": b"bad"}), "above, later": tar({**benchmark(), "a/../../out.txt": b"bad"}),
+    "absolute": tar({**benchmark(), "/tmp/out.txt": b"bad"}), "folder above": tar({**benchmark(), "..": b""}),
+    **{name: tar({member(kind): b"", **benchmark()}) for name, kind in (
+        ("symbolic link", tarfile.SYMTYPE), ("hard link", tarfile.LNKTYPE), ("pipe", tarfile.FIFOTYPE),
+        ("device", tarfile.CHRTYPE))},
+    "another": tar({"DIV2K/DIV2K_train_HR/0001.png": b"a"}),
+    "no images": tar(benchmark(["benchmark/Set14/HR/a.png", "benchmark/Set14/HR/b.png"])),
+    "other numbers": tar(benchmark(["benchmark/B100/HR/a.png"])),
+}
+
+
+@pytest.mark.parametrize("content", BAD.values(), ids=BAD)
+def test_what_cannot_be_unpacked_is_named_and_left(get, tmp_path, content):
+    archive = tmp_path / "data" / "benchmark.tar"
+    archive.write_bytes(content)
+    assert_error(get(), f"{archive}: not unpacked")
+    assert files(tmp_path) == ["data/benchmark.tar"] and archive.read_bytes() == content
+    assert os.listdir(tmp_path / "data") == ["benchmark.tar"]
+
+
+def test_a_download_that_cannot_be_unpacked_does_not_get_its_name(get, server, tmp_path):
+    server.body = BAD["page"]
+    assert_error(get("--keep"), f"{tmp_path}/data/benchmark.tar.part: not unpacked", "delete it")
+    assert os.listdir(tmp_path / "data") == ["benchmark.tar.part"]
+
+
+def test_reasons(get, tmp_path):
+    for content, words in ((BAD["no images"], "no PNG images in benchmark/Set14/HR"), (BAD["above"], "outside"),
+                           (BAD["other numbers"], "benchmark/B100/LR_bicubic/X2 holds 2 PNG images, benchmark/B100/HR 1"),
+                           (BAD["symbolic link"], "benchmark/link -> /etc/hostname"), (BAD["page"], "tar archive")):
+        (tmp_path / "data" / "benchmark.tar").write_bytes(content)
+        assert_error(get(), words)
+
+
+def test_a_zip_cannot_leave_its_folder(get, server, tmp_path):
+    server.body = zipped({**benchmark(), "../../out.txt": b"bad", "/out.txt": b"bad"})
+    assert get().returncode == 0 and files(tmp_path) == sorted(f"data/{name}" for name in benchmark())
+
+
+def test_missing_sets_are_added_and_the_users_files_stay(get, server, tmp_path):
+    server.body = tar(benchmark())
+    own = {"benchmark/Mine/HR/m.png": b"m", "benchmark/Set5/HR/mine.png": b"five"}
+    for name, content in own.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        (tmp_path / "data" / name).write_bytes(content)
+    assert get().returncode == 0 and get().returncode == 0
+    expected = {name: content for name, content in benchmark().items() if "Set5" not in name} | own
+    assert {name: (tmp_path / "data" / name).read_bytes() for name in files(tmp_path / "data")} == expected
+    (tmp_path / "data" / "benchmark" / "B100" / "LR_bicubic" / "X4" / "a.png").unlink()
+    assert_error(get(), f"{tmp_path}/data/benchmark/B100/LR_bicubic/X4 holds 1 PNG images", "move")
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["Set5"], "there is no dataset or flag Set5: there are DIV2K, benchmark"), (["--dir"], "--dir_data"),
+    (["--dir_data"], "no folder given"), (["--dir_data", "file/data"], "file/data"), (["$(touch x)"], "$(touch x)")])
+def test_mistakes(script, tmp_path, arguments, words):
+    (tmp_path / "file").touch()
+    assert_error(script("download_data.sh", *arguments), words)
+    assert files(tmp_path) == ["file"]
+
+
+def test_a_file_in_the_way_and_a_home_folder(script, server, tmp_path):
+    server.body = tar(benchmark())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "benchmark").touch()
+    ran = script("download_data.sh", "benchmark", "--dir_data=~/data", BENCHMARK_URL=server.url)
+    assert_error(ran, f"{tmp_path}/data/benchmark: cannot make")
+    (tmp_path / "data" / "benchmark").unlink()
+    assert script("download_data.sh", "benchmark", "--dir_data", "~/data", BENCHMARK_URL=server.url).returncode == 0
+    assert files(tmp_path / "data") == sorted(benchmark())
+
+
+def test_help(script):
+    ran = script("download_data.sh", "--help")
+    assert ran.stdout.startswith("usage: bash scripts/download_data.sh [DIV2K]") and "BENCHMARK_URL" in ran.stdout
+    assert (ran.returncode, ran.stderr) == (0, "") and "set -e" not in ran.stdout

@@ -4,6 +4,7 @@ import hashlib
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import download_teacher
 import model.teachers
 import option
 import pytest
@@ -17,6 +18,7 @@ from model.roles import make_teachers
 from model.swinir import SwinIR
 from model.teachers import find_teacher
 from released import EDSR_SITE, LOSS_NETWORKS, RELEASED, TEACHERS, Release
+from system import errors
 
 SWINIR_X2 = RELEASED["SwinIR_x2"].file
 
@@ -44,15 +46,17 @@ def site(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def download(run_main, tmp_path, monkeypatch, caplog):
+def download(tmp_path, monkeypatch, capfd, caplog):
     """download('NAME ...') -> (exit status, lines of the log, of stderr); it puts files into tmp_path/teachers."""
     monkeypatch.setattr(model.teachers, "FOLDER", tmp_path / "teachers")
     caplog.set_level("INFO")
 
     def run(line):
+        monkeypatch.setattr("sys.argv", ["download_teacher.py", *line.split(), "--dir", str(tmp_path / "teachers")])
         caplog.clear()
-        status, _, err = run_main("download_teacher", f"{line} --dir {tmp_path / 'teachers'}")
-        return status, caplog.messages, err
+        with pytest.raises(SystemExit) as ended:
+            errors.run(download_teacher.main)
+        return ended.value.code, list(caplog.messages), capfd.readouterr().err.splitlines()
     return run
 
 
@@ -71,6 +75,15 @@ def test_a_fetched_teacher_is_checked_and_then_found_by_name(site, download, tmp
     assert files(tmp_path / "teachers") == [SWINIR_X2] and find_teacher("SwinIR", 2).name == SWINIR_X2
     (site / SWINIR_X2).unlink()
     assert download("SwinIR_x2")[0] == 0  # it is there
+
+
+def test_an_interrupted_download_is_continued(site, download, tmp_path):
+    torch.save({"params": swinir().state_dict()}, site / SWINIR_X2)
+    content = (site / SWINIR_X2).read_bytes()
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers" / f"{SWINIR_X2}.part").write_bytes(content[:1000])
+    assert download("SwinIR_x2")[0] == 0 and files(tmp_path / "teachers") == [SWINIR_X2]
+    assert (tmp_path / "teachers" / SWINIR_X2).read_bytes() == content
 
 
 def test_the_hex_digits_in_a_name_are_checked(site, download, tmp_path, monkeypatch):
@@ -112,7 +125,7 @@ def test_what_is_behind_a_page_is_described_and_the_rest_done(download, tmp_path
     assert download("RCAN_x2")[0] == 0
 
 
-def test_the_networks_that_judge_images(download, tmp_path):
+def test_networks_of_the_loss(download, tmp_path):
     (tmp_path / "teachers").mkdir()
     path = tmp_path / "teachers" / "vgg19-dcbb9e9d.pth"
     for key, expected in (("features.0.weight", 0), ("classifier.0.weight", 2)):
@@ -127,7 +140,7 @@ def test_names_are_listed_and_a_wrong_one_is_a_mistake(download):
     assert not status and all(name in out[0] for name in RELEASED)
     status, _, err = download("EDSR_x5")
     assert status == 2 and len(err) == 1 and "SwinIR_x2" in err[0]
-    assert "RCAN: say which, RCAN_x2 or RCAN_x3" in download("RCAN")[2][0]
+    assert "RCAN; choose RCAN_x2 or RCAN_x3" in download("RCAN")[2][0]
 
 
 # ---- finding teachers
