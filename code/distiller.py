@@ -35,7 +35,7 @@ class Distiller(nn.Module):
         own = set(student.parameters())  # a student that is a slice of its teacher shares the teacher's weights
         for parameter in set(self.teachers.parameters()) - own:
             parameter.requires_grad_(False)
-        self.train()
+        self.teachers.eval()
 
     @property
     def device(self) -> torch.device:
@@ -43,9 +43,9 @@ class Distiller(nn.Module):
         return next(self.student.parameters()).device
 
     def train(self, mode: bool = True) -> "Distiller":
-        """Set training mode; teachers remain in evaluation mode."""
-        super().train(mode)
-        self.teachers.eval()
+        """Set the mode of the student; teachers and feature networks remain in evaluation mode."""
+        self.training = mode
+        self.student.train(mode)
         return self
 
     def trainable_parameters(self) -> list[nn.Parameter]:

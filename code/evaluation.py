@@ -34,7 +34,7 @@ def by_network(net, device, args):
         # a tiled image stays in main memory: only its tiles are on the device
         x = torch.from_numpy(np.array(lr)).permute(2, 0, 1)[None].to("cpu" if args.chop else device).float()
         x = x * (net.rgb_range / 255) if net.rgb_range != 255 else x
-        with autocast(device, args):
+        with autocast(device, args.precision):
             sr = inference.upscale(net, x, args.chop, args.self_ensemble, args.chop_mem and 1e9 * args.chop_mem)
         return inference.to_image(sr, net.rgb_range)
     return upscale

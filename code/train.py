@@ -19,6 +19,7 @@ def main():
     import torch  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for it
     from checkpoint import Experiment  # noqa: PLC0415
     from data import Crops, make_benchmarks, teacher_cache, views  # noqa: PLC0415
+    from distiller import Distiller  # noqa: PLC0415
     from model import describe  # noqa: PLC0415
     from model.roles import make_networks, teacher_files  # noqa: PLC0415
     from system import distributed  # noqa: PLC0415
@@ -33,13 +34,15 @@ def main():
         distributed.check_batch_divisible(args)
         torch.manual_seed(args.seed)
         student, teachers = make_networks(args, loss.needs_of(args.loss))
-        setting = loss.Setting(args, student, teachers, device, views.plan(args))
-        criterion = loss.Loss(args.loss, setting)
+        context = loss.Context(args, student, teachers, device, views.plan(args))
+        criterion = loss.build_loss(args.loss, context)
+        distiller = Distiller(student, teachers, criterion, upcycle=args.upcycle, n_zoom_in=args.n_zoom_in,
+                              label_consistency=args.label_consistency, rgb_range=args.rgb_range, precision=args.precision)
         crops, benchmarks = Crops(args), make_benchmarks(args)
         experiment = Experiment(args)
-        trainer = Trainer(args, student, teachers, criterion, crops, benchmarks, experiment, device)
+        trainer = Trainer(args, distiller, crops, benchmarks, experiment, device)
         if args.cache_teacher:
-            teacher_cache.prepare(crops, criterion, setting, teacher_files(args), device)
+            teacher_cache.prepare(crops, criterion, context, teacher_files(args), device)
         experiment.begin()
     logging.getLogger("sr").info("student: %s%s\nloss: %s", describe(student), "".join(
         f"\nteacher: {describe(net)}" for net in teachers), args.loss)

@@ -7,7 +7,7 @@ import option
 import pytest
 import torch
 from checkpoint import save_model
-from loss import Loss, Output, Setting, Step
+from loss import Context, LossInputs, Output, build_loss
 from model import NETWORKS, CheckpointError, load_model, make_model
 from model.edsr import EDSR
 from model.swinir import SwinIR
@@ -76,7 +76,7 @@ def test_it_teaches_a_small_edsr(name):
     teacher, student = small(name).requires_grad_(False), EDSR(2, n_resblocks=3, n_feats=8)
     criterion = build_loss("1*DS+1*TS+10*SA+1*fitnet", Context(SimpleNamespace(features=[1, 2, 3]), student, [teacher]))
     lr, hr = 255 * torch.rand(2, 3, 12, 12), 255 * torch.rand(2, 3, 24, 24)
-    total, values = criterion(Step(lr, hr, Output(*student(lr, features=True)), Output(*teacher(lr, features=True))))
+    total, values = criterion(LossInputs(lr, hr, Output(*student(lr, features=True)), Output(*teacher(lr, features=True))))
     total.backward()
     assert values.isfinite().all() and (values > 0).all()
     for key, parameter in [*student.named_parameters(), *criterion.named_parameters()]:

@@ -15,6 +15,7 @@ import torch
 from checkpoint import save_model
 from data import dataset
 from data.views import plan
+from distiller import Distiller
 from loss import vqgan
 from model import slim
 from model.rcan import RCAN
@@ -57,23 +58,23 @@ def make_trainer(line, device="cpu"):
     student = SAN(2, n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4) if args.model == "SAN" else RCAN(2, **SMALL)
     if args.width_mult:
         student = slim(teacher, args.width_mult)
-    setting = loss.Context(args, student, [teacher], device, plan(args))
-    return Trainer(args, student, [teacher], loss.Loss(args.loss, setting), None, [], SimpleNamespace(state=None),
-                   torch.device(device))
+    criterion = loss.build_loss(args.loss, loss.Context(args, student, [teacher], device, plan(args)))
+    distiller = Distiller(student, [teacher], criterion, upcycle=args.upcycle, n_zoom_in=args.n_zoom_in,
+                          label_consistency=args.label_consistency, rgb_range=args.rgb_range)
+    return Trainer(args, distiller, None, [], SimpleNamespace(state=None), torch.device(device))
 
 
 def gradients(case):
     """Of the networks and of the discriminator, after steps on this process's part of the batch; and the terms' values."""
     torch.set_default_dtype(torch.float64)
     trainer = make_trainer(CASES[case])
-    trainer.evaluate = distributed.wrap(trainer.evaluate)
     generator = torch.Generator().manual_seed(5)
     hr = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     lr = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
     torch.manual_seed(7)
     for _ in range(2):
         values = trainer.step(distributed.local_shard(lr), distributed.local_shard(hr))
-    found = {f"trained {index}": p.grad for index, p in enumerate(trainer.trained) if p.grad is not None}
+    found = {f"trained {index}": p.grad for index, p in enumerate(trainer.distiller.trainable_parameters()) if p.grad is not None}
     found |= {f"state {name}": x for name, x in trainer.loss.state_dict().items() if isinstance(x, torch.Tensor)}
     return {**found, "values": values, "draws": torch.get_rng_state()}
 

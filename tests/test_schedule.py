@@ -3,7 +3,7 @@ import math
 
 import option
 import pytest
-from trainer import learning_rate
+from schedule import learning_rate
 
 
 def rates(line, count):

@@ -9,7 +9,7 @@ import torch
 from checkpoint import save_model
 from conftest import ROOT
 from data import degrade
-from data.views import View, make_views, plan, together
+from data.views import View, forward_by_size, make_views, plan
 from loss.consistency import draw, with_label_consistency
 from model.edsr import EDSR
 from model.rcan import RCAN
@@ -22,6 +22,11 @@ SMALL = dict(n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4)
 
 def parse(line=""):
     return option.parse(line.split())
+
+
+def views_of(lr, hr, line):
+    args = parse(line)
+    return make_views(lr, hr, args.scale, args.upcycle, args.n_zoom_in)
 
 
 def batch(scale=2, count=3, side=8, seed=0):
@@ -56,7 +61,7 @@ def test_a_batch_smaller_than_the_scale_is_refused():
 def test_zoom_in_gives_different_tiles_of_the_grid_of_each_image(scale, count):
     lr, hr = batch(scale)
     torch.manual_seed(0)
-    _, view = make_views(lr, hr, parse(f"--scale {scale} --upcycle 0.5*zoom_in --n_zoom_in {count}"))
+    _, view = views_of(lr, hr, f"--scale {scale} --upcycle 0.5*zoom_in --n_zoom_in {count}")
     assert (view.name, view.weight, view.hr) == ("zoom_in", 0.5, None) and view.lr.shape == (3 * count, 3, 8, 8)
     for image in range(3):
         grid = [hr[image, :, 8 * y:8 * y + 8, 8 * x:8 * x + 8] for y in range(scale) for x in range(scale)]
@@ -68,7 +73,7 @@ def test_zoom_in_gives_different_tiles_of_the_grid_of_each_image(scale, count):
 def test_every_tile_is_chosen_as_often():
     lr, hr = batch(2, count=400)
     torch.manual_seed(0)
-    _, view = make_views(lr, hr, parse("--scale 2 --upcycle zoom_in"))
+    _, view = views_of(lr, hr, "--scale 2 --upcycle zoom_in")
     counts = [sum(torch.equal(hr[k, :, y:y + 8, x:x + 8], view.lr[k]) for k in range(400)) for y in (0, 8) for x in (0, 8)]
     assert sum(counts) == 400 and all(70 < count < 130 for count in counts)
 
@@ -76,7 +81,7 @@ def test_every_tile_is_chosen_as_often():
 @pytest.mark.parametrize("scale, side", [(2, 8), (3, 8), (4, 9)])
 def test_zoom_out_shows_LR_downscaled_and_asks_for_LR(scale, side):
     lr, hr = batch(scale, side=side)
-    _, view = make_views(lr, hr, parse(f"--scale {scale} --upcycle zoom_out"))
+    _, view = views_of(lr, hr, f"--scale {scale} --upcycle zoom_out")
     assert view.hr.shape[2:] == (view.lr.shape[2] * scale, view.lr.shape[3] * scale)
     assert torch.equal(view.hr, lr[..., :side // scale * scale, :side // scale * scale])
     for image, small in zip(lr, view.lr):
@@ -85,7 +90,7 @@ def test_zoom_out_shows_LR_downscaled_and_asks_for_LR(scale, side):
 
 def test_without_upcycling_there_is_the_plain_view_alone():
     lr, hr = batch()
-    (view,) = make_views(lr, hr, parse("--scale 2"))
+    (view,) = views_of(lr, hr, "--scale 2")
     assert view == View("original", lr, hr, 1) and plan(parse()) == []
 
 
@@ -131,7 +136,7 @@ def test_views_of_one_size_go_through_together_with_the_values_of_each_alone(net
         out = net(x, features=features)
         return loss.Output(*out) if features else loss.Output(out)
     inputs = [255 * torch.rand(count, 3, side, side) for count, side in ((3, 8), (6, 8), (3, 4))]
-    found = together(run, inputs, [True, False, False])
+    found = forward_by_size(run, inputs, [True, False, False])
     assert calls == [9, 3]
     for lr, output in zip(inputs, found):
         alone = run(lr, True)
@@ -151,7 +156,7 @@ def make_criterion(string, upcycle="zoom_in+zoom_out", more=""):
 def make_steps(weights=(1, 1), seed=0):
     torch.manual_seed(seed)
     steps = []
-    for name, weight, truth in zip(("plain", "zoom_in", "zoom_out"), (1, *weights), (True, False, True)):
+    for name, weight, truth in zip(("original", "zoom_in", "zoom_out"), (1, *weights), (True, False, True)):
         sr, hr, answer = 255 * torch.rand(3, 2, 3, 8, 8)
         maps = [[torch.rand(2, 8, 4, 4) for _ in range(4)] for _ in range(2)]
         steps.append(loss.LossInputs(torch.rand(2, 3, 4, 4), hr if truth else None, loss.Output(sr.requires_grad_(), maps[0]),
@@ -193,12 +198,12 @@ def test_every_other_term_works_on_the_views_it_has_the_means_for():
 
 
 @pytest.mark.parametrize("string, upcycle, more, words", [
-    ("1*DS", "zoom_in", "", "no term of DS would look at that view, which has no truth: add TS"),
+    ("1*DS", "zoom_in", "", "no term of DS can be computed on that view, which has no ground truth: add TS"),
     ("1*DS+1*SA", "zoom_in", "", "no term of DS.SA"),
     ("1*DS+1*TS", "zoom_in", "--view_terms SA", "the loss has no such term, it has DS, TS"),
-    ("1*DS+1*TS", "zoom_in", "--view_terms TS+DS", "--view_terms DS: it cannot work on zoom_in"),
-    ("1*DS+1*TS+1*CSD", "zoom_out", "", "zoom_out: CSD needs images of 16 pixels and more, those of this view have 8"),
-    ("1*DS+1*TS+1*T_DS", "zoom_out", "--view_terms T_DS", "T_DS: it cannot work"),
+    ("1*DS+1*TS", "zoom_in", "--view_terms TS+DS", "--view_terms DS: it cannot be computed on zoom_in"),
+    ("1*DS+1*TS+1*CSD", "zoom_out", "", "zoom_out: CSD needs images of 16 pixels or more, those of this view have 8"),
+    ("1*DS+1*TS+1*T_DS", "zoom_out", "--view_terms T_DS", "T_DS: it cannot be computed"),
 ])
 def test_terms_and_views_that_do_not_fit_are_explained(string, upcycle, more, words):
     with pytest.raises(UserError, match=words):
@@ -292,7 +297,7 @@ def test_terms_that_remember_are_updated_once_from_the_plain_view(monkeypatch):
     for term in loop.loss.terms.values():
         monkeypatch.setattr(term, "update", lambda step: seen.append(step.view))
     loop.step(*batch(2))
-    assert seen == ["plain"] * 3
+    assert seen == ["original"] * 3
 
 
 # ---- whole runs

@@ -38,7 +38,7 @@ def kind_of(path, args):
 def answer(net, images, index, device, args):
     """The network's answer to an LR image, computed in tiles, encoded."""
     x = torch.tensor(images.lr(index)).permute(2, 0, 1)[None].float() * (args.rgb_range / 255)
-    with autocast(device, args):
+    with autocast(device, args.precision):
         sr = inference.chop(net, x)
     return encode(sr[0].float() * (255 / args.rgb_range))
 
@@ -57,10 +57,10 @@ def ask_teachers(crops, teachers, paths, device, args):
 
 
 def who_asks(loss, views):
-    """What needs a teacher run in the loop in spite of its answers to the plain view: 'SA (plain)', 'TS (zoom_in)' ..."""
-    more = {"features", "teacher_graph", "teacher_net"}
-    found = [f"{name} (plain)" for name in loss.names if loss.terms[name].needs & more]
-    found += [f"{name} ({view.name})" for view in views for name in loss.looks_at(view.name, view.has_truth)
+    """What needs a teacher run in the loop in spite of its answers to the plain view: 'SA (original batch)', 'TS (zoom_in)' ..."""
+    more = {"features", "teacher_grad", "teacher_net"}
+    found = [f"{name} (original batch)" for name in loss.names if loss.terms[name].needs & more]
+    found += [f"{name} ({view.name})" for view in views for name in loss.terms_on(view.name, view.has_hr)
               if loss.terms[name].needs & {"teacher", "teacher_net"}]
     return found
 
@@ -70,11 +70,11 @@ def prepare(crops, loss, setting, paths, device):
 
     Raises UserError where no term asks a teacher.
     """
-    needs = loss.needs_on("plain", True)
+    needs = loss.needs_on("original", True)
     running = ", ".join(who_asks(loss, setting.views))
     if not needs & {"teacher", "teacher_net"}:
         raise UserError(f"--cache_teacher: no term of {setting.args.loss} asks a teacher")
-    if "teacher" not in needs or needs & {"features", "teacher_graph"}:
+    if "teacher" not in needs or needs & {"features", "teacher_grad"}:
         log.info("--cache_teacher spares nothing here: the teacher runs on every batch for %s", running)
         return
     ask_teachers(crops, setting.teachers, paths, device, setting.args)

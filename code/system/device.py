@@ -30,7 +30,7 @@ def pick_device(args):
     return torch.device("cpu")
 
 
-def autocast(device, args):
-    """Context in which networks compute in --precision; their weights stay float32."""
-    dtype = DTYPES.get(args.precision)
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which networks compute in `precision` (single, half, bf16); their weights remain float32."""
+    dtype = DTYPES.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)

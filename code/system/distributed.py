@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -179,23 +179,14 @@ def all_reduce_max(number: int) -> int:
 # ---- gradients
 
 def wrap(module: nn.Module) -> nn.Module:
-    """Wrap a `Computation` in DistributedDataParallel, which averages gradients in backward() except within no_sync()."""
+    """Wrap a module with `trainable_parameters()` in DistributedDataParallel, in several processes.
+
+    Its other parameters (frozen networks, a discriminator with an optimiser of its own) are left to themselves.
+    """
     if world_size() == 1:
         return module
+    trained = {id(parameter) for parameter in module.trainable_parameters()}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        module, [name for name, parameter in module.named_parameters() if id(parameter) not in trained])
     # some parameters reach no loss: SAN's unused ones, the tails of CARN's other scales
-    return DistributedDataParallel(module, find_unused_parameters=True)
-
-
-class Computation(nn.Module):
-    """A function of tensors, and the parameters that the first of its results has gradients for."""
-
-    def __init__(self, function, parameters):
-        super().__init__()
-        self.function = function
-        self.trained = nn.ParameterList(parameters)
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
-
-    def no_sync(self):
-        return nullcontext()
+    return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)

@@ -1,0 +1,36 @@
+"""The optimiser and the learning rate of each iteration."""
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from option import Iterations
+
+
+def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimiser of --optimizer with its flags."""
+    shared = dict(lr=args.lr, weight_decay=args.weight_decay)
+    if args.optimizer == "ADAM":
+        return torch.optim.Adam(parameters, betas=args.betas, eps=args.epsilon, fused=True, **shared)
+    if args.optimizer == "SGD":
+        return torch.optim.SGD(parameters, momentum=args.momentum, fused=True, **shared)
+    return torch.optim.RMSprop(parameters, momentum=args.momentum, eps=args.epsilon, **shared)
+
+
+def learning_rate(args, iteration: int) -> float:
+    """Return the learning rate of an iteration in 0 .. epochs x test_every - 1, which depends on nothing else.
+
+    Over the first --warmup iterations it rises linearly, and reaches its value in the last of them; a cosine begins after.
+    """
+    if iteration < args.warmup:
+        return _after_warmup(args, iteration) * (iteration + 1) / args.warmup
+    return _after_warmup(args, iteration)
+
+
+def _after_warmup(args, iteration):
+    if args.decay == "cosine":
+        part = max(iteration - args.warmup, 0) / (args.epochs * args.test_every - args.warmup)
+        return args.lr * 0.5 * (1 + math.cos(math.pi * part))
+    done = iteration if isinstance(args.decay, Iterations) else iteration // args.test_every
+    return args.lr * args.gamma ** sum(done >= step for step in args.decay)
