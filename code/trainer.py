@@ -32,7 +32,7 @@ class Trainer:
         self.crops, self.benchmarks = crops, benchmarks
         self.distiller = distiller.to(device, memory_format=torch.channels_last)
         self.student, self.loss = distiller.student, distiller.loss
-        self.parallel = distributed.wrap(distiller)
+        self.parallel = distiller  # wrapped in `fit`, where all ranks are: rank 0 alone builds the trainer first
         self.optimizer = make_optimizer(args, distiller.trainable_parameters())
         self.ema = copy.deepcopy(self.student).eval().requires_grad_(False) if args.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "half")
@@ -49,6 +49,7 @@ class Trainer:
         args = self.args
         if len(self.history) == args.epochs:
             log.info("the run is finished: --epochs %d are done", args.epochs)
+        self.parallel = distributed.wrap(self.distiller)
         if args.compile:
             self.distiller.compile_networks(args.batch_size // (distributed.world_size() * args.split_batch),
                                             args.patch_size // args.scale)

@@ -68,6 +68,7 @@ def gradients(case):
     """Of the networks and of the discriminator, after steps on this process's part of the batch; and the terms' values."""
     torch.set_default_dtype(torch.float64)
     trainer = make_trainer(CASES[case])
+    trainer.parallel = distributed.wrap(trainer.distiller)
     generator = torch.Generator().manual_seed(5)
     hr = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     lr = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)

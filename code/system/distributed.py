@@ -181,12 +181,13 @@ def all_reduce_max(number: int) -> int:
 def wrap(module: nn.Module) -> nn.Module:
     """Wrap a module with `trainable_parameters()` in DistributedDataParallel, in several processes.
 
-    Its other parameters (frozen networks, a discriminator with an optimiser of its own) are left to themselves.
+    Buffers and other parameters (frozen networks, a discriminator with an optimiser of its own) are left to themselves.
     """
     if world_size() == 1:
         return module
     trained = {id(parameter) for parameter in module.trainable_parameters()}
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        module, [name for name, parameter in module.named_parameters() if id(parameter) not in trained])
+        module, [*(name for name, parameter in module.named_parameters() if id(parameter) not in trained),
+                 *(name for name, _ in module.named_buffers())])
     # some parameters reach no loss: SAN's unused ones, the tails of CARN's other scales
-    return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+    return DistributedDataParallel(module, find_unused_parameters=True)
