@@ -35,39 +35,43 @@ class PlannedView:
     side: int
 
 
-def zoom_in(hr: torch.Tensor, scale: int, tiles: int) -> torch.Tensor:
-    """Draw `tiles` different tiles of each image's s x s grid: N x 3 x sh x sw -> (N tiles) x 3 x h x w, image by image."""
-    height, width = (size // scale for size in hr.shape[2:])
+def zoom_in(lr: torch.Tensor, hr: torch.Tensor, scale: int, tiles: int) -> tuple[torch.Tensor, None]:
+    """Draw `tiles` different tiles of the s x s grid of each HR image, image by image; they have no ground truth."""
+    if tiles > scale ** 2:
+        raise ValueError(f"--n_zoom_in {tiles}: HR has {scale ** 2} tiles of LR's size at --scale {scale}")
+    height, width = lr.shape[2:]
     grid = hr.unflatten(2, (scale, height)).unflatten(4, (scale, width)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    chosen = local_shard(torch.multinomial(torch.ones(global_batch_size(len(hr)), scale ** 2), tiles))
+    chosen = local_shard(torch.multinomial(torch.ones(global_batch_size(len(lr)), scale ** 2), tiles))
     chosen = chosen.to(hr.device, non_blocking=True)
-    return grid[torch.arange(len(hr), device=hr.device)[:, None], chosen].flatten(0, 1)
+    return grid[torch.arange(len(lr), device=hr.device)[:, None], chosen].flatten(0, 1), None
+
+
+def zoom_out(lr: torch.Tensor, hr: torch.Tensor, scale: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Downscale LR; its ground truth is LR, cropped to a multiple of the scale."""
+    height, width = (size // scale * scale for size in lr.shape[2:])
+    return degrade.downscale_batch(lr, scale), lr[..., :height, :width]
+
+
+MAKERS = {"zoom_in": zoom_in, "zoom_out": zoom_out}  # (LR, HR, scale, n_zoom_in), uint8 -> LR and HR or None of the view
 
 
 def make_views(lr: torch.Tensor, hr: torch.Tensor, scale: int, upcycle: Sequence[tuple[float, str]] = (),
                n_zoom_in: int = 1) -> list[View]:
     """Make the views of a batch of uint8 pairs: the original batch, then those of `upcycle`, pairs of weight and name."""
-    views = [View("original", lr, hr)]
-    for weight, name in upcycle:
-        if name == "zoom_in":
-            views.append(View(name, zoom_in(hr, scale, n_zoom_in), None, weight))
-        else:
-            height, width = (size // scale * scale for size in lr.shape[2:])
-            views.append(View(name, degrade.downscale_batch(lr, scale), lr[..., :height, :width], weight))
-    return views
+    return [View("original", lr, hr),
+            *(View(name, *MAKERS[name](lr, hr, scale, n_zoom_in), weight) for weight, name in upcycle)]
 
 
 def plan(args) -> list[PlannedView]:
-    """Plan the views of --upcycle; raises UserError where one cannot be made."""
-    side = args.patch_size // args.scale // args.scale
-    names = [name for _, name in args.upcycle]
-    if "zoom_in" in names and args.n_zoom_in > args.scale ** 2:
-        raise UserError(f"--n_zoom_in {args.n_zoom_in}: at --scale {args.scale} HR has {args.scale ** 2} tiles of LR's size")
-    if "zoom_out" in names and side < 1:
-        raise UserError(f"--patch_size {args.patch_size}: LR crops of {args.patch_size // args.scale} pixels cannot be "
-                        f"downscaled by {args.scale} for zoom_out; {args.scale ** 2} or more")
-    return [PlannedView(name, name != "zoom_in", args.patch_size if name == "zoom_in" else side * args.scale)
-            for name in names]
+    """Plan the views of --upcycle by making them of a blank image; raises UserError where one cannot be made."""
+    hr = torch.zeros(1, 3, args.patch_size, args.patch_size, dtype=torch.uint8)
+    lr = hr[..., ::args.scale, ::args.scale]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _, *views = make_views(lr, hr, args.scale, args.upcycle, args.n_zoom_in)
+    except ValueError as error:
+        raise UserError(f"--upcycle, --patch_size {args.patch_size}: {error}") from None
+    return [PlannedView(view.name, view.hr is not None, view.lr.shape[-1] * args.scale) for view in views]
 
 
 def forward_by_size(forward: Callable[[torch.Tensor, bool], Output], inputs: list[torch.Tensor],
