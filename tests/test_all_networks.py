@@ -10,6 +10,7 @@ from checkpoint import save_model
 from loss import Context, LossInputs, Output, build_loss
 from model import NETWORKS, CheckpointError, load_model, make_model
 from model.edsr import EDSR
+from model.layout import recognise
 from model.swinir import SwinIR
 
 SCALES = 2, 3, 4, 8
@@ -59,7 +60,7 @@ def test_a_saved_network_comes_back_bit_for_bit(tmp_path, name, scale):
 @each_network
 def test_only_its_own_recogniser_takes_it(name):
     state = small(name).state_dict()
-    assert [other for other, (_, recognise) in NETWORKS.items() if recognise(state)] == [name]
+    assert [other for other, (_, layouts) in NETWORKS.items() if recognise(state, layouts)] == [name]
 
 
 @each_network

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import GOLDEN, golden_parameters
 from model import NETWORKS, load_model, san
+from model.layout import recognise
 from model.san import SAN, NonLocal, SecondOrderAttention
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -117,7 +118,7 @@ def test_non_local_block_never_holds_the_matrix_of_all_pairs(layout, n_inner):
     x = torch.randn(2, 16, 9, 8).to(memory_format=layout).requires_grad_()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where the kernel does not take what it is given
         block(x).sum().backward()
-    assert san.rows_of(x[:, :n_inner]).shape == (2, 1, 72, 8)  # the kernels of a GPU take no width of 2
+    assert san.to_tokens(x[:, :n_inner]).shape == (2, 1, 72, 8)  # the kernels of a GPU take no width of 2
 
 
 def test_second_order_parts_stay_in_float32_under_autocast():
@@ -175,7 +176,7 @@ def test_channels_that_leave_none_are_refused():
 @pytest.mark.parametrize("about", sorted(GOLDEN.glob("*_x[0-9].json")), ids=lambda path: path.stem)
 def test_only_its_own_network_recognises_a_file(about):
     state = golden_parameters(json.loads(about.read_text())["keys"])
-    found = {name for name, (_, recognise) in NETWORKS.items() if recognise(state)}
+    found = {name for name, (_, layouts) in NETWORKS.items() if recognise(state, layouts)}
     assert len(found) == 1
     assert ("SAN" in found) == about.stem.startswith("san")
     assert ("SwinIR" in found) == about.stem.startswith("swinir")

@@ -3,7 +3,7 @@ import pytest
 import torch
 from checkpoint import save_model
 from model import NETWORKS, inherit, load_model, slim
-from model.slicing import evenly, narrow_twin
+from model.slicing import evenly_spaced, narrow_network
 from system.errors import UserError
 from test_training import SIZES, assert_same_weights, flags  # noqa: F401 - a fixture
 
@@ -49,7 +49,7 @@ def test_every_network_can_be_sliced(name):
     student = slim(net, 0.5)
     sr, maps = student(x, features=True)
     assert sr.shape == (1, 3, 24, 16) and all(f.shape[1] == student.n_feats for f in maps)
-    copy = inherit(narrow_twin(net, 0.5), net)
+    copy = inherit(narrow_network(net, 0.5), net)
     assert torch.allclose(copy(x), sr, atol=1e-3)
     assert sum(p.numel() for p in copy.parameters()) < sum(p.numel() for p in net.parameters())
 
@@ -65,7 +65,7 @@ def test_a_slice_shares_storage_and_its_gradient_reaches_only_its_channels():
 
 def test_a_copied_slice_shares_nothing():
     net = build("EDSR")
-    copy = inherit(narrow_twin(net, 0.5), net)
+    copy = inherit(narrow_network(net, 0.5), net)
     before = net.head[0].weight.clone()
     with torch.no_grad():
         for parameter in copy.parameters():
@@ -80,10 +80,10 @@ def test_a_width_that_leaves_no_whole_channels_is_refused(width, words):
 
 
 def test_inheriting_from_another_kind_or_a_smaller_network_is_refused():
-    with pytest.raises(UserError, match="the one is EDSR, the other RCAN"):
+    with pytest.raises(UserError, match="the student is EDSR, the teacher RCAN"):
         inherit(build("EDSR"), build("RCAN"))
-    with pytest.raises(UserError, match=r"its head.0.weight has \[16, 3, 3, 3\], the teacher's \[8, 3"):
-        inherit(build("EDSR"), narrow_twin(build("EDSR"), 0.5))
+    with pytest.raises(UserError, match=r"head.0.weight has shape \[16, 3, 3, 3\], the teacher's \[8, 3"):
+        inherit(build("EDSR"), narrow_network(build("EDSR"), 0.5))
 
 
 def test_self_distillation_trains_both_widths_of_one_checkpoint(run_main, flags, tmp_path, tiny_data):  # noqa: F811
@@ -158,7 +158,7 @@ def test_every_network_inherits_fewer_blocks_and_channels(name):
 @pytest.mark.parametrize("count, total, chosen", [(3, 8, [0, 4, 7]), (4, 4, [0, 1, 2, 3]), (2, 32, [0, 31]), (1, 5, [0]),
                                                   (16, 20, None)])
 def test_blocks_are_evenly_spaced(count, total, chosen):
-    found = evenly(count, total)
+    found = evenly_spaced(count, total)
     assert found == (chosen or found) and len(set(found)) == count and found == sorted(found)
     assert found[0] == 0 and (count == 1 or found[-1] == total - 1)
 
@@ -198,11 +198,11 @@ def test_blocks_that_do_nothing_can_be_left_out():
 
 @pytest.mark.parametrize("name, sizes, change, words", [
     ("EDSR", NETS["EDSR"], dict(n_resblocks=3), r"more blocks body\.\*, 3, than the teacher, 2"),
-    ("EDSR", NETS["EDSR"], dict(n_feats=24), "head.0.weight has"),
+    ("EDSR", NETS["EDSR"], dict(n_feats=24), "head.0.weight has shape"),
     ("SwinIR", NETS["SwinIR"], dict(window_size=2), "window_size is 2, the teacher's 4"),
     ("SwinIR", NETS["SwinIR"], dict(resi_connection="3conv"), "differ in"),
     ("SwinIR", NETS["SwinIR"], dict(upsampler="pixelshuffledirect"), "differ in"),
-    ("RDN", NETS["RDN"], dict(RDNkSize=1), r"SFENet1.weight has \[16, 3, 1, 1\]"),
+    ("RDN", NETS["RDN"], dict(RDNkSize=1), r"SFENet1.weight has shape \[16, 3, 1, 1\]"),
 ])
 def test_what_cannot_be_inherited_is_said(name, sizes, change, words):
     with pytest.raises(UserError, match=words):
@@ -218,13 +218,13 @@ def test_the_template_of_inheriting_trains_from_the_teachers_weights(run_main, f
     assert "loss: 1*DS" in (tmp_path / "run" / "config.txt").read_text()
     line = line.replace("--n_resgroups 2", "").replace("--reduction 4", "").replace("--model RCAN", "--model EDSR --reset")
     status, _, err = run_main("train", line)
-    assert status == 2 and len(err) == 1 and "the one is EDSR, the other RCAN" in err[0]
+    assert status == 2 and len(err) == 1 and "the student is EDSR, the teacher RCAN" in err[0]
 
 
 @pytest.mark.parametrize("extra, words", [
     ("--width_mult 0.5 --model RCAN", "not --model RCAN"),
     ("--width_mult 0.5 --n_feats 8", "n_feats 16, not 8"),
-    ("--width_mult 0.5 --init_from_teacher", "the one or the other"),
+    ("--width_mult 0.5 --init_from_teacher", "one or the other"),
     ("--width_mult 0.5 --pre_train {file}", "one --teacher, or --pre_train"),
     ("--width_mult 0.5 --teacher {file}+{file}", "one --teacher"),
     ("--init_from_teacher --model EDSR --teacher {file}+{file}", "one teacher"),
