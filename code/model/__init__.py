@@ -130,8 +130,10 @@ def _build(path, name, network, config, state, layout, override):
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {name} cannot be built as its header says ({error})") from None
     means = {key: value for key, value in net.state_dict().items() if key.startswith(MEAN_SHIFTS)}
-    kind = f"{name} {config} in the layout of {layout.name}, in the names of this project" if layout else f"{name} {config}"
-    return load_strictly(net, {**means, **state}, f"{path}: looks like {kind}, but ").eval()
+    native = NETWORKS[name][1][0].name
+    origin = f" in the layout of {layout}" if layout else ""
+    origin += f", renamed as in {native}" if layout not in (None, native) else ""
+    return load_strictly(net, {**means, **state}, f"{path}: looks like {name} {config}{origin}, but ").eval()
 
 
 def as_list(value):

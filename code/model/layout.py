@@ -32,13 +32,13 @@ class Layout:
         return [name for name in self.required if name not in state]
 
 
-def recognise(state: State, layouts: Iterable[Layout]) -> tuple[dict, State, Layout] | None:
-    """Return (config, renamed state, layout) for the first layout that a state has; None where it has none of them."""
+def recognise(state: State, layouts: Iterable[Layout]) -> tuple[dict, State, str] | None:
+    """Return (config, renamed state, name of the layout) for the layout that a state has; None where it has none of them."""
     for layout in layouts:
         if not layout.missing(state):
             renamed = rename(state, layout.rules(state))
             try:
-                return layout.read_config(renamed), renamed, layout
+                return layout.read_config(renamed), renamed, layout.name
             except (ArithmeticError, LookupError, TypeError, ValueError):  # the names of this layout on other shapes
                 continue
     return None
