@@ -84,7 +84,7 @@ class IMDN(Network):
 
 
 def read_config(state: State) -> dict:
-    """Read the arguments of IMDN from names and shapes; raises ValueError where the upsampler has no whole scale."""
+    """Read the arguments of IMDN from names and shapes; raises ValueError where the scale is not an integer."""
     channels = state["upsampler.0.weight"].shape[0]
     scale = math.isqrt(channels // 3)
     if scale < 1 or channels != 3 * scale * scale:

@@ -234,7 +234,7 @@ def buffer_rules(state: State) -> Rules:
 
 
 def read_config(state: State) -> dict:
-    """Read the arguments of SwinIR from names and shapes; raises ValueError where the upsampler is none of its own."""
+    """Read the arguments of SwinIR from names and shapes; raises ValueError for an unknown upsampler."""
     block = "residual_group.blocks.0"
     n_feats, in_chans = state["conv_first.weight"].shape[:2]
     table = state[f"layers.0.{block}.attn.relative_position_bias_table"]

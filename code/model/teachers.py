@@ -40,5 +40,5 @@ def find_teacher(name: str, scale: int, flag: str = "--teacher") -> Path:
                               + (f", and {FOLDER} holds no {' or '.join(patterns)}" if patterns else "")
                               + f"; name a checkpoint file with {flag} FILE")
     raise CheckpointError(f"no {name} teacher for scale {scale}: looked in {FOLDER} for {', '.join(patterns)}; bash "
-                          f"scripts/download_teacher.sh {released.title} fetches it or says where it is, or name a "
+                          f"scripts/download_teacher.sh {released.title} downloads it or prints where to find it, or name a "
                           f"checkpoint file with {flag} FILE")
