@@ -18,7 +18,7 @@ NOT_OF_THE_RUN = "given", "resume", "reset"  # flags that say nothing about what
 
 def save_model(net, path):
     """Saves the weights with the header from which `load_model` builds the network; of a channel slice the whole network."""
-    net = getattr(net, "whole", net)
+    net = getattr(net, "full_network", net)
     atomic_save({**save_header(net), "params": net.state_dict()}, path)
 
 

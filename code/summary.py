@@ -34,12 +34,12 @@ def main():
 def load(args):
     """[(label, network)] of --ckp_path LABEL=FILE+..., or else of the one that the flags describe."""
     from model import load_as_told, make_model  # noqa: PLC0415
-    from model.slicing import narrow_twin  # noqa: PLC0415
+    from model.slicing import narrow_network  # noqa: PLC0415
 
     nets = [(label, load_as_told(path, args)) for label, path in option.parse_labelled(args.ckp_path).items()]
     if not nets:
         net = make_model(args.model, args)
-        nets = [(args.template or args.model, narrow_twin(net, args.width_mult) if args.width_mult else net)]
+        nets = [(args.template or args.model, narrow_network(net, args.width_mult) if args.width_mult else net)]
     return nets
 
 

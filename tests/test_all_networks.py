@@ -1,4 +1,4 @@
-"""Every network in the list, at a small size: a new one is tested by standing there."""
+"""Every network of NETWORKS at a small size, which includes networks that are added to it."""
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +10,7 @@ from checkpoint import save_model
 from loss import Context, LossInputs, Output, build_loss
 from model import NETWORKS, CheckpointError, load_model, make_model
 from model.edsr import EDSR
+from model.layout import recognise
 from model.swinir import SwinIR
 
 SCALES = 2, 3, 4, 8
@@ -27,7 +28,7 @@ def small(name, scale=2, **sizes):
     return make_model(name, SimpleNamespace(scale=scale, **{**SMALL, **sizes})).eval()
 
 
-def test_the_flags_know_every_network():
+def test_every_network_can_be_given_as_a_flag():
     assert tuple(NETWORKS) == option.NETWORKS
 
 
@@ -37,15 +38,15 @@ def test_the_flags_know_every_network():
 def test_shapes(name, scale, height, width):
     net = small(name, scale)
     with torch.no_grad():
-        sr, maps = net(255 * torch.rand(2, 3, height, width), features=True)
+        sr, feature_maps = net(255 * torch.rand(2, 3, height, width), features=True)
     assert sr.shape == (2, 3, scale * height, scale * width)
-    assert [one.shape for one in maps] == 4 * [(2, net.n_feats, height, width)]
+    assert [x.shape for x in feature_maps] == 4 * [(2, net.n_feats, height, width)]
     assert sr.isfinite().all()
 
 
 @each_network
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_saved_network_comes_back_bit_for_bit(tmp_path, name, scale):
+def test_a_saved_network_is_loaded_bit_for_bit(tmp_path, name, scale):
     net, x = small(name, scale), 255 * torch.rand(1, 3, 9, 7)
     save_model(net, tmp_path / "own.pt")
     torch.save({"params": {f"module.{key}": value for key, value in net.state_dict().items()}}, tmp_path / "bare.pt")
@@ -57,9 +58,9 @@ def test_a_saved_network_comes_back_bit_for_bit(tmp_path, name, scale):
 
 
 @each_network
-def test_only_its_own_recogniser_takes_it(name):
+def test_its_state_has_no_layout_of_another_network(name):
     state = small(name).state_dict()
-    assert [other for other, (_, recognise) in NETWORKS.items() if recognise(state)] == [name]
+    assert [other for other, (_, layouts) in NETWORKS.items() if recognise(state, layouts)] == [name]
 
 
 @each_network
@@ -72,7 +73,7 @@ def test_bf16_is_close(name):
 
 
 @each_network
-def test_it_teaches_a_small_edsr(name):
+def test_it_can_be_the_teacher_of_a_small_edsr(name):
     teacher, student = small(name).requires_grad_(False), EDSR(2, n_resblocks=3, n_feats=8)
     criterion = build_loss("1*DS+1*TS+10*SA+1*fitnet", Context(SimpleNamespace(features=[1, 2, 3]), student, [teacher]))
     lr, hr = 255 * torch.rand(2, 3, 12, 12), 255 * torch.rand(2, 3, 24, 24)
@@ -84,7 +85,7 @@ def test_it_teaches_a_small_edsr(name):
 
 
 @each_network
-def test_it_trains_from_the_command_line_with_other_networks_files_as_teachers(run_main, tiny_data, tmp_path, name):
+def test_it_trains_with_checkpoints_of_other_networks_as_teachers(run_main, tiny_data, tmp_path, name):
     others = [other for other in NETWORKS if other != name][:2]
     for other in others:
         torch.save(small(other).state_dict(), tmp_path / f"{other}.pth")
@@ -99,14 +100,14 @@ def test_it_trains_from_the_command_line_with_other_networks_files_as_teachers(r
 
 
 @each_network
-def test_it_is_scored_from_its_file_alone(run_main, tiny_data, tmp_path, name):
+def test_its_checkpoint_is_tested_without_flags_for_sizes(run_main, tiny_data, tmp_path, name):
     torch.save(small(name, 4).state_dict(), tmp_path / "file.pth")
     status, out, _ = run_main("test", f"--ckp_path {tmp_path / 'file.pth'} --dir_data {tiny_data} --data_test tiny --cpu")
     assert status == 0 and f"{name}, scale 4" in out[0] and out[-1].split()[0] == "tiny"
 
 
 @pytest.mark.parametrize("name", ["CARN", "CARN_M"])
-def test_a_file_of_several_scales_is_scored_and_teaches_at_the_one_asked_for(run_main, tiny_data, tmp_path, name):
+def test_a_checkpoint_of_several_scales_is_tested_and_is_a_teacher_at_the_given_scale(run_main, tiny_data, tmp_path, name):
     torch.save(small(name, multi_scale=(2, 3, 4)).state_dict(), tmp_path / "multi.pth")
     flags = f"--dir_data {tiny_data} --data_test tiny --cpu"
     status, _, err = run_main("test", f"--ckp_path {tmp_path / 'multi.pth'} {flags}")
@@ -120,7 +121,7 @@ def test_a_file_of_several_scales_is_scored_and_teaches_at_the_one_asked_for(run
     assert status == 0
 
 
-def test_an_unknown_layout_gets_the_list_and_its_first_keys(run_main, tmp_path):
+def test_the_error_for_an_unknown_layout_lists_networks_and_first_keys(run_main, tmp_path):
     torch.save({f"stage{k}.weight": torch.zeros(2) for k in range(6)}, tmp_path / "foreign.pth")
     status, _, err = run_main("test", f"--ckp_path {tmp_path / 'foreign.pth'} --data_test Sample")
     assert status == 2 and len(err) == 1
@@ -133,10 +134,10 @@ def test_a_gray_network_is_refused_where_images_are_rgb(run_main, tmp_path):
     assert status == 2 and "gray" in err[0]
 
 
-# ---- what a file leaves open
+# ---- sizes that names and shapes do not determine
 
 @pytest.mark.parametrize("name, flag, value", [("EDSR", "res_scale", 0.1), ("SwinIR", "img_range", 255)])
-def test_a_size_that_no_shape_shows_can_be_told(tmp_path, name, flag, value):
+def test_a_size_that_no_shape_determines_can_be_given(tmp_path, name, flag, value):
     net = small(name)
     torch.save(net.state_dict(), tmp_path / "bare.pt")
     save_model(net, tmp_path / "own.pt")
@@ -145,7 +146,7 @@ def test_a_size_that_no_shape_shows_can_be_told(tmp_path, name, flag, value):
         assert load_model(tmp_path / file, **{flag: value}).config[flag] == value
 
 
-def test_other_sizes_cannot(run_main, tmp_path):
+def test_a_size_that_contradicts_the_checkpoint_is_refused(run_main, tmp_path):
     torch.save(small("SwinIR").state_dict(), tmp_path / "swinir.pth")
     for flag, value, held in (("depths", "2,2", "[2, 1]"), ("window_size", 8, 4), ("upsampler", "nearest+conv", "pixel")):
         status, _, err = run_main("test", f"--ckp_path {tmp_path / 'swinir.pth'} --data_test Sample --{flag} {value}")
@@ -154,7 +155,7 @@ def test_other_sizes_cannot(run_main, tmp_path):
 
 # ---- tiles
 
-def test_swinirs_tiles_begin_on_its_windows_and_add_up_to_the_whole_image():
+def test_tiles_of_swinir_are_aligned_with_windows_and_agree_with_the_whole_image():
     net = SwinIR(2, depths=(2, 2), n_feats=8, num_heads=(2, 2), window_size=8).eval()
     y, x = torch.meshgrid(torch.arange(90.0), torch.arange(107.0), indexing="ij")
     lr = torch.stack([y, x, 128 + 100 * (y / 7).sin() * (x / 9).cos()])[None]
@@ -169,7 +170,7 @@ def test_swinirs_tiles_begin_on_its_windows_and_add_up_to_the_whole_image():
 
 # ---- safetensors
 
-def test_safetensors_are_read_where_the_package_is(tmp_path):
+def test_safetensors_are_read_with_the_package(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     net, x = small("RCAN"), 255 * torch.rand(1, 3, 6, 6)
     safetensors.save_file(net.state_dict(), tmp_path / "net.safetensors")
@@ -180,7 +181,7 @@ def test_safetensors_are_read_where_the_package_is(tmp_path):
         load_model(tmp_path / "broken.safetensors")
 
 
-def test_safetensors_without_the_package_get_one_line(run_main, monkeypatch, tmp_path):
+def test_safetensors_without_the_package_give_one_line(run_main, monkeypatch, tmp_path):
     for module in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "net.safetensors").write_bytes(b"")

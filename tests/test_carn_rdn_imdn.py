@@ -4,17 +4,15 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN
-from model import CheckpointError, load_model, save_header
-from model.carn import CARN, CARN_M, recognise, recognise_m
+from model import CheckpointError, carn, imdn, load_model, rdn, save_header
+from model.carn import CARN, CARN_M
 from model.imdn import IMDN
-from model.imdn import recognise as recognise_imdn
+from model.layout import recognise
 from model.rdn import RDN
-from model.rdn import recognise as recognise_rdn
 
-RECOGNISE = {"carn": recognise, "carn_m": recognise_m, "rdn": recognise_rdn, "imdn": recognise_imdn}
+LAYOUTS = {"carn": carn.LAYOUTS, "carn_m": carn.LAYOUTS_M, "rdn": rdn.LAYOUTS, "imdn": imdn.LAYOUTS}
 OWN = {"carn_x2": "carn", "carn_m_multi_x2": "carn_m", "carn_m_multi_x4": "carn_m", "rdn_A_x2": "rdn", "imdn_x2": "imdn"}
-NETWORK = {"CARN": (CARN, recognise), "CARN_M": (CARN_M, recognise_m), "RDN": (RDN, recognise_rdn),
-           "IMDN": (IMDN, recognise_imdn)}
+NETWORK = {"CARN": CARN, "CARN_M": CARN_M, "RDN": RDN, "IMDN": IMDN}
 MULTI = (2, 3, 4)
 SMALL = [  # name, arguments
     *[(name, dict(scale=scale, n_feats=8)) for name in ("CARN", "CARN_M") for scale in (2, 3, 4, 8)],
@@ -46,11 +44,11 @@ def test_agrees_with_the_authors(golden, name):
     net = load_model(path, scale=about["config"]["scale"])
     net.rgb_range = about["input_range"][1]
     with torch.no_grad():
-        sr, maps = net(x, features=True)
+        sr, feature_maps = net(x, features=True)
         net.rgb_range, factor = 255, 255 / net.rgb_range
         assert torch.allclose(net(x * factor), sr * factor, rtol=1e-4, atol=0.05)
     assert (sr - arrays["output"]).abs().max() <= 2e-4 * arrays["output"].abs().max()
-    assert [list(one.shape) for one in maps] == [[len(x), net.n_feats, *x.shape[2:]]] * 4
+    assert [list(one.shape) for one in feature_maps] == [[len(x), net.n_feats, *x.shape[2:]]] * 4
     assert parameters(net) == about["params"]
 
 
@@ -69,10 +67,10 @@ def test_parameter_count_of_rdn_b(scale, millions):
 
 
 @each_small
-def test_state_dict_says_the_sizes(tmp_path, name, sizes):
-    network, read = NETWORK[name]
+def test_sizes_are_read_from_the_state_dict(tmp_path, name, sizes):
+    network = NETWORK[name]
     net = network(**sizes)
-    config, state = read(net.state_dict())
+    config, state, _ = recognise(net.state_dict(), LAYOUTS[name.lower()])
     assert {"scale": sizes["scale"], **config} == net.config
     assert state.keys() == net.state_dict().keys()
     without_means = {f"module.{key}": value for key, value in net.state_dict().items() if "shifter" not in key}
@@ -89,17 +87,17 @@ def test_state_dict_says_the_sizes(tmp_path, name, sizes):
 @pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("*.json")))
 def test_other_networks_are_not_recognised(name):
     state = empty_state(keys_of(name))
-    assert [kind for kind, read in RECOGNISE.items() if read(state)] == ([OWN[name]] if name in OWN else [])
+    assert [kind for kind, layouts in LAYOUTS.items() if recognise(state, layouts)] == ([OWN[name]] if name in OWN else [])
 
 
 @pytest.mark.parametrize("name", ["carn_x2", "carn_m_multi_x2", "rdn_A_x2", "imdn_x2"])
-def test_incomplete_states_raise_nothing(name):
+def test_incomplete_states_raise_no_error(name):
     state = empty_state(keys_of(name))
     for left_out in state:
-        RECOGNISE[OWN[name]]({key: value for key, value in state.items() if key != left_out})
+        recognise({key: value for key, value in state.items() if key != left_out}, LAYOUTS[OWN[name]])
 
 
-def test_incomplete_file_is_named(golden, tmp_path):
+def test_error_for_an_incomplete_file_names_file_and_parameter(golden, tmp_path):
     path, *_ = golden("imdn_x2")
     state = torch.load(path)
     del state["IMDB3.c4.bias"]
@@ -119,13 +117,13 @@ def test_file_of_several_scales_needs_one(golden):
     assert len({tuple(net.state_dict()) for net in nets}) == 1
 
 
-def test_own_file_of_several_scales(tmp_path):
+def test_file_of_this_project_with_several_scales(tmp_path):
     net = CARN_M(3, n_feats=8, multi_scale=MULTI)
     torch.save({**save_header(net), "params": net.state_dict()}, tmp_path / "own.pt")
     assert [load_model(tmp_path / "own.pt", scale=scale).scale for scale in (None, 4)] == [3, 4]
 
 
-def test_one_scale_cannot_be_another(golden):
+def test_another_scale_than_the_files_is_refused(golden):
     path, *_ = golden("carn_x2")
     with pytest.raises(CheckpointError, match="scale 2, not 3"):
         load_model(path, scale=3)
@@ -135,12 +133,12 @@ def test_one_scale_cannot_be_another(golden):
     lambda: CARN(8, multi_scale=MULTI), lambda: CARN_M(2, n_feats=6), lambda: RDN(2, RDNconfig="C"),
     lambda: RDN(2, RDNconfig="16,0,64"), lambda: RDN(2, RDNkSize=4), lambda: IMDN(2, n_feats=8)])
 def test_impossible_sizes(make):
-    with pytest.raises(ValueError, match=r"scale 8|6 .* 4 groups|D,C,G|even|16 channels"):
+    with pytest.raises(ValueError, match=r"scale 8|6 .* 4 groups|D,C,G|even|16 or more"):
         make()
 
 
 def positive(net):
-    """Averaging kernels, no biases: nothing cancels, so a black image with one white pixel comes out black where unseen."""
+    """Set averaging kernels and no biases, with which no contributions cancel: outputs beyond the receptive field are 0."""
     net = net.double().requires_grad_(False)
     for p in net.parameters():
         p.fill_(1 / p[0].numel() if p.ndim > 1 else 0)
@@ -149,27 +147,27 @@ def positive(net):
 
 @pytest.mark.parametrize(("name", "sizes"), [one for one in SMALL if one[0] != "IMDN"])
 def test_receptive_field_is_exact(name, sizes):
-    net = positive(NETWORK[name][0](**sizes))
+    net = positive(NETWORK[name](**sizes))
     reach = net.receptive_field
     centre = reach + 2
     lr = torch.zeros(1, 3, 2 * centre + 1, 2 * centre + 1, dtype=torch.float64)
     lr[..., centre, centre] = 255
-    seen = torch.nonzero(net(lr)[0, 0]) // net.scale - centre  # in LR pixels from the one that is white
-    assert seen.amin(0).tolist() == [-reach] * 2
-    assert seen.amax(0).tolist() == [reach] * 2
+    affected = torch.nonzero(net(lr)[0, 0]) // net.scale - centre  # in LR pixels from the white one
+    assert affected.amin(0).tolist() == [-reach] * 2
+    assert affected.amax(0).tolist() == [reach] * 2
 
 
 def test_receptive_field_of_imdn_is_the_image():
     assert IMDN(2).receptive_field is None
-    net = awake(IMDN(2, n_feats=16, n_modules=1)).double().requires_grad_(False)
+    net = with_active_attention(IMDN(2, n_feats=16, n_modules=1)).double().requires_grad_(False)
     lr = torch.rand(1, 3, 24, 24, dtype=torch.float64) * 255
     changed = lr.clone()
     changed[..., 0, 0] = 255 - changed[..., 0, 0]
     assert (net(lr) - net(changed))[..., -1, -1].any()
 
 
-def awake(net):
-    """Keeps the one or two channels that attention squeezes a small IMDN into from being dead by chance."""
+def with_active_attention(net):
+    """Keep the one or two hidden channels of a small IMDN's attention above 0, where ReLU passes gradients."""
     for key, p in net.named_parameters():
         if key.endswith("conv_du.0.bias"):
             p.data.fill_(9)
@@ -179,17 +177,17 @@ def awake(net):
 @each_small
 def test_gradient_reaches_every_parameter(name, sizes):
     torch.manual_seed(0)
-    net = awake(NETWORK[name][0](**sizes))
-    sr, maps = net(torch.rand(2, 3, 8, 8) * 255, features=True)
+    net = with_active_attention(NETWORK[name](**sizes))
+    sr, feature_maps = net(torch.rand(2, 3, 8, 8) * 255, features=True)
     sr.abs().mean().backward()
-    tails = [f"upsample.up{scale}." for scale in MULTI if scale != net.scale]
+    unused = [f"upsample.up{scale}." for scale in MULTI if scale != net.scale]
     for key, p in net.named_parameters():
-        if p.requires_grad and not key.startswith(tuple(tails)):
+        if p.requires_grad and not key.startswith(tuple(unused)):
             assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), key
-    assert all(one.requires_grad for one in maps)
+    assert all(x.requires_grad for x in feature_maps)
 
 
-def test_imdn_learns_from_flat_images():
+def test_gradients_of_imdn_are_finite_for_constant_images():
     net = IMDN(2, n_feats=16)
     net(torch.zeros(1, 3, 1, 1)).sum().backward()
     assert all(p.grad.isfinite().all() for p in net.parameters())
@@ -198,13 +196,13 @@ def test_imdn_learns_from_flat_images():
 @pytest.mark.parametrize("name", NETWORK)
 def test_the_image_stays_float32_under_autocast(name):
     torch.manual_seed(0)
-    net = NETWORK[name][0](**next(sizes for kind, sizes in SMALL if kind == name))
+    net = NETWORK[name](**next(sizes for kind, sizes in SMALL if kind == name))
     lr = torch.rand(1, 3, 16, 16) * 255
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        sr, maps = net(lr, features=True)
+        sr, feature_maps = net(lr, features=True)
     assert sr.dtype == torch.float32
-    # map 0 of RDN comes from its second convolution; map 3 of CARN has no long skip connection
-    assert [maps[0].dtype, maps[3].dtype] == [{"RDN": torch.bfloat16}.get(name, torch.float32),
+    # f0 of RDN comes from its second convolution; f3 of CARN includes no long skip connection
+    assert [feature_maps[0].dtype, feature_maps[3].dtype] == [{"RDN": torch.bfloat16}.get(name, torch.float32),
                                               torch.bfloat16 if "CARN" in name else torch.float32]
     with torch.no_grad():
         assert torch.allclose(sr, net(lr), atol=0.02 * 255)

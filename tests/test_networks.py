@@ -13,12 +13,12 @@ def test_agrees_with_the_authors(golden, name):
     net = load_model(path, res_scale=about["config"].get("res_scale"))
     net.rgb_range = about["input_range"][1]
     with torch.no_grad():
-        sr, maps = net(x, features=True)
+        sr, feature_maps = net(x, features=True)
     expected = arrays["width_1" if name.startswith("csd") else "output"]
     assert (sr - expected).abs().max() <= 2e-4 * expected.abs().max()
-    assert len(maps) == 4
+    assert len(feature_maps) == 4
     for index in range(4):
         if f"feature{index}" in arrays:
-            assert torch.allclose(maps[index], arrays[f"feature{index}"], rtol=1e-4, atol=1e-4)
+            assert torch.allclose(feature_maps[index], arrays[f"feature{index}"], rtol=1e-4, atol=1e-4)
     if "params" in about:
         assert sum(p.numel() for p in net.parameters() if p.requires_grad) == about["params"]

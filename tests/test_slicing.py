@@ -3,7 +3,7 @@ import pytest
 import torch
 from checkpoint import save_model
 from model import NETWORKS, inherit, load_model, slim
-from model.slicing import evenly, narrow_twin
+from model.slicing import evenly_spaced, narrow_network
 from system.errors import UserError
 from test_training import SIZES, assert_same_weights, flags  # noqa: F401 - a fixture
 
@@ -47,9 +47,9 @@ def test_every_network_can_be_sliced(name):
     net = build(name)
     x = torch.rand(1, 3, 12, 8) * 255
     student = slim(net, 0.5)
-    sr, maps = student(x, features=True)
-    assert sr.shape == (1, 3, 24, 16) and all(f.shape[1] == student.n_feats for f in maps)
-    copy = inherit(narrow_twin(net, 0.5), net)
+    sr, feature_maps = student(x, features=True)
+    assert sr.shape == (1, 3, 24, 16) and all(f.shape[1] == student.n_feats for f in feature_maps)
+    copy = inherit(narrow_network(net, 0.5), net)
     assert torch.allclose(copy(x), sr, atol=1e-3)
     assert sum(p.numel() for p in copy.parameters()) < sum(p.numel() for p in net.parameters())
 
@@ -65,7 +65,7 @@ def test_a_slice_shares_storage_and_its_gradient_reaches_only_its_channels():
 
 def test_a_copied_slice_shares_nothing():
     net = build("EDSR")
-    copy = inherit(narrow_twin(net, 0.5), net)
+    copy = inherit(narrow_network(net, 0.5), net)
     before = net.head[0].weight.clone()
     with torch.no_grad():
         for parameter in copy.parameters():
@@ -79,11 +79,11 @@ def test_a_width_that_leaves_no_whole_channels_is_refused(width, words):
         slim(build("EDSR"), width)
 
 
-def test_inheriting_from_another_kind_or_a_smaller_network_is_refused():
-    with pytest.raises(UserError, match="the one is EDSR, the other RCAN"):
+def test_inheriting_from_another_or_a_smaller_network_is_refused():
+    with pytest.raises(UserError, match="the student is EDSR, the teacher RCAN"):
         inherit(build("EDSR"), build("RCAN"))
-    with pytest.raises(UserError, match=r"its head.0.weight has \[16, 3, 3, 3\], the teacher's \[8, 3"):
-        inherit(build("EDSR"), narrow_twin(build("EDSR"), 0.5))
+    with pytest.raises(UserError, match=r"head.0.weight has shape \[16, 3, 3, 3\], the teacher's \[8, 3"):
+        inherit(build("EDSR"), narrow_network(build("EDSR"), 0.5))
 
 
 def test_self_distillation_trains_both_widths_of_one_checkpoint(run_main, flags, tmp_path, tiny_data):  # noqa: F811
@@ -104,7 +104,7 @@ def test_self_distillation_trains_both_widths_of_one_checkpoint(run_main, flags,
     assert float(scores["0.5"]) == pytest.approx(float(trained), abs=6e-4) and scores["1"] != scores["0.5"]
 
 
-def test_a_slice_and_its_average_resume_exactly(run_main, flags, tmp_path):  # noqa: F811
+def test_a_slice_and_its_ema_resume_exactly(run_main, flags, tmp_path):  # noqa: F811
     save_model(build("EDSR"), tmp_path / "teacher.pt")
     line = without_sizes(flags) + f"--teacher {tmp_path / 'teacher.pt'} --width_mult 0.5 "
     line += "--loss 1*DS+1*T_DS --ema 0.9 --test_every 3 "
@@ -115,7 +115,7 @@ def test_a_slice_and_its_average_resume_exactly(run_main, flags, tmp_path):  # n
         assert_same_weights(*(tmp_path / run / "model" / name for run in ("whole", "run")))
 
 
-def test_a_student_may_start_from_its_teachers_channels(run_main, flags, tmp_path):  # noqa: F811
+def test_a_student_is_initialised_from_its_teachers_channels(run_main, flags, tmp_path):  # noqa: F811
     save_model(build("EDSR"), tmp_path / "teacher.pt")
     line = f"--model EDSR --n_resblocks 2 --n_feats 8 --teacher {tmp_path / 'teacher.pt'} "
     status, _, _ = run_main("train", without_sizes(flags) + line +
@@ -158,7 +158,7 @@ def test_every_network_inherits_fewer_blocks_and_channels(name):
 @pytest.mark.parametrize("count, total, chosen", [(3, 8, [0, 4, 7]), (4, 4, [0, 1, 2, 3]), (2, 32, [0, 31]), (1, 5, [0]),
                                                   (16, 20, None)])
 def test_blocks_are_evenly_spaced(count, total, chosen):
-    found = evenly(count, total)
+    found = evenly_spaced(count, total)
     assert found == (chosen or found) and len(set(found)) == count and found == sorted(found)
     assert found[0] == 0 and (count == 1 or found[-1] == total - 1)
 
@@ -168,9 +168,9 @@ def test_which_blocks_a_student_gets_in_groups_and_at_their_end():
                      dict(n_resgroups=3, n_resblocks=3, n_feats=4, reduction=4))
     teacher, student = make("RCAN", deep), make("RCAN", shallow, seed=1)
     inherit(student, teacher)
-    for mine, group in enumerate((0, 2, 3)):
-        for block, its in ((0, 0), (1, 2), (2, 4), (3, 5)):  # the last of which is the convolution that ends the group
-            one, other = student.body[mine].body[block], teacher.body[group].body[its]
+    for number, group in enumerate((0, 2, 3)):
+        for block, source_block in ((0, 0), (1, 2), (2, 4), (3, 5)):  # the last is the convolution that ends the group
+            one, other = student.body[number].body[block], teacher.body[group].body[source_block]
             weight, source = (one.weight, other.weight) if block == 3 else (one.body[2].weight, other.body[2].weight)
             assert torch.equal(weight, source[:4, :4])
     assert torch.equal(student.body[3].weight, teacher.body[4].weight[:4, :4])
@@ -179,13 +179,13 @@ def test_which_blocks_a_student_gets_in_groups_and_at_their_end():
 def test_a_fusion_of_all_blocks_keeps_the_columns_of_those_that_are_kept():
     teacher, student = make("IMDN", dict(n_feats=64, n_modules=3)), make("IMDN", dict(n_feats=32, n_modules=2), seed=1)
     inherit(student, teacher)
-    whole = teacher.c[0].weight
-    assert torch.equal(student.c[0].weight, torch.cat([whole[:32, :32], whole[:32, 128:160]], 1))
+    weight = teacher.c[0].weight
+    assert torch.equal(student.c[0].weight, torch.cat([weight[:32, :32], weight[:32, 128:160]], 1))
     assert torch.equal(student.IMDB2.c1.weight, teacher.IMDB3.c1.weight[:32, :32])
 
 
-def test_blocks_that_do_nothing_can_be_left_out():
-    """Of a teacher whose inner blocks add nothing, a student of the outer two computes the same."""
+def test_blocks_that_compute_the_identity_can_be_left_out():
+    """A student of the two outer blocks equals a teacher whose inner blocks compute the identity."""
     teacher, student = make("EDSR", dict(n_resblocks=4, n_feats=8)), make("EDSR", dict(n_resblocks=2, n_feats=8), seed=1)
     with torch.no_grad():
         for block in teacher.body[1:3]:
@@ -198,18 +198,18 @@ def test_blocks_that_do_nothing_can_be_left_out():
 
 @pytest.mark.parametrize("name, sizes, change, words", [
     ("EDSR", NETS["EDSR"], dict(n_resblocks=3), r"more blocks body\.\*, 3, than the teacher, 2"),
-    ("EDSR", NETS["EDSR"], dict(n_feats=24), "head.0.weight has"),
+    ("EDSR", NETS["EDSR"], dict(n_feats=24), "head.0.weight has shape"),
     ("SwinIR", NETS["SwinIR"], dict(window_size=2), "window_size is 2, the teacher's 4"),
     ("SwinIR", NETS["SwinIR"], dict(resi_connection="3conv"), "differ in"),
     ("SwinIR", NETS["SwinIR"], dict(upsampler="pixelshuffledirect"), "differ in"),
-    ("RDN", NETS["RDN"], dict(RDNkSize=1), r"SFENet1.weight has \[16, 3, 1, 1\]"),
+    ("RDN", NETS["RDN"], dict(RDNkSize=1), r"SFENet1.weight has shape \[16, 3, 1, 1\]"),
 ])
-def test_what_cannot_be_inherited_is_said(name, sizes, change, words):
+def test_students_that_do_not_fit_the_teacher_are_refused(name, sizes, change, words):
     with pytest.raises(UserError, match=words):
         inherit(make(name, {**sizes, **change}), make(name, sizes))
 
 
-def test_the_template_of_inheriting_trains_from_the_teachers_weights(run_main, flags, tmp_path):  # noqa: F811
+def test_the_inherit_template_trains_from_the_teachers_weights(run_main, flags, tmp_path):  # noqa: F811
     save_model(make("RCAN", dict(n_resgroups=3, n_resblocks=2, n_feats=16, reduction=8)), tmp_path / "teacher.pt")
     line = flags + f"--teacher {tmp_path / 'teacher.pt'} --template inherit --lr 1e-30 --epochs 1 --test_every 1"
     assert run_main("train", line)[0] == 0
@@ -218,13 +218,13 @@ def test_the_template_of_inheriting_trains_from_the_teachers_weights(run_main, f
     assert "loss: 1*DS" in (tmp_path / "run" / "config.txt").read_text()
     line = line.replace("--n_resgroups 2", "").replace("--reduction 4", "").replace("--model RCAN", "--model EDSR --reset")
     status, _, err = run_main("train", line)
-    assert status == 2 and len(err) == 1 and "the one is EDSR, the other RCAN" in err[0]
+    assert status == 2 and len(err) == 1 and "the student is EDSR, the teacher RCAN" in err[0]
 
 
 @pytest.mark.parametrize("extra, words", [
     ("--width_mult 0.5 --model RCAN", "not --model RCAN"),
     ("--width_mult 0.5 --n_feats 8", "n_feats 16, not 8"),
-    ("--width_mult 0.5 --init_from_teacher", "the one or the other"),
+    ("--width_mult 0.5 --init_from_teacher", "one or the other"),
     ("--width_mult 0.5 --pre_train {file}", "one --teacher, or --pre_train"),
     ("--width_mult 0.5 --teacher {file}+{file}", "one --teacher"),
     ("--init_from_teacher --model EDSR --teacher {file}+{file}", "one teacher"),
@@ -238,7 +238,7 @@ def test_flags_that_exclude_each_other_are_refused(run_main, flags, tmp_path, ex
     assert not (tmp_path / "run").exists()
 
 
-def test_a_slice_of_a_pretrained_network_is_taken_once(run_main, flags, tmp_path):  # noqa: F811
+def test_a_pretrained_network_is_sliced_once(run_main, flags, tmp_path):  # noqa: F811
     save_model(build("EDSR"), tmp_path / "whole.pt")
     status, out, _ = run_main("train", without_sizes(flags) + f"--pre_train {tmp_path / 'whole.pt'} --width_mult 0.5 "
                               "--loss 1*DS --epochs 1 --test_every 1")

@@ -5,8 +5,10 @@ import logging
 from system.errors import UserError
 
 from model import carn, edsr, imdn, rcan, rdn, san, swinir
+from model.common import MEAN_SHIFTS
+from model.layout import describe_nearest, recognise
 from model.loading import CheckpointError, load_strictly, read_checkpoint
-from model.slicing import inherit, narrow_twin, slim
+from model.slicing import inherit, narrow_network, slim
 
 __all__ = ["NETWORKS", "CheckpointError", "describe", "inherit", "load_as_told", "load_model", "make_model", "require_rgb",
            "save_header", "slim"]
@@ -15,16 +17,16 @@ LEFT_OPEN = "res_scale", "img_range"  # sizes that do not show in names and shap
 
 log = logging.getLogger("sr")
 
-# name on the command line: (class, how to recognise its checkpoints)
+# name on the command line: (class, layouts of its checkpoints)
 NETWORKS = {
-    "EDSR": (edsr.EDSR, edsr.recognise),
-    "RCAN": (rcan.RCAN, rcan.recognise),
-    "CARN": (carn.CARN, carn.recognise),
-    "CARN_M": (carn.CARN_M, carn.recognise_m),
-    "RDN": (rdn.RDN, rdn.recognise),
-    "IMDN": (imdn.IMDN, imdn.recognise),
-    "SAN": (san.SAN, san.recognise),
-    "SwinIR": (swinir.SwinIR, swinir.recognise),
+    "EDSR": (edsr.EDSR, edsr.LAYOUTS),
+    "RCAN": (rcan.RCAN, rcan.LAYOUTS),
+    "CARN": (carn.CARN, carn.LAYOUTS),
+    "CARN_M": (carn.CARN_M, carn.LAYOUTS_M),
+    "RDN": (rdn.RDN, rdn.LAYOUTS),
+    "IMDN": (imdn.IMDN, imdn.LAYOUTS),
+    "SAN": (san.SAN, san.LAYOUTS),
+    "SwinIR": (swinir.SwinIR, swinir.LAYOUTS),
 }
 
 
@@ -53,16 +55,19 @@ def load_model(path, **override):
     width = override.pop("width_mult", None)
     if width:
         net = load_model(path, **override)
-        return inherit(narrow_twin(net, width), net)
+        return inherit(narrow_network(net, width), net)
     header, state = read_checkpoint(path)
-    for name, (network, recognise) in NETWORKS.items():
+    for name, (network, layouts) in NETWORKS.items():
         if header and header["network"] != name:
             continue
-        found = (header["config"], state) if header else recognise(state)
+        found = (header["config"], state, None) if header else recognise(state, layouts)
         if found:
             return _build(path, name, network, *found, override)
     if header:
         raise CheckpointError(f"{path}: holds a network {header['network']} that this version does not know")
+    nearest = describe_nearest(state, {name: layouts for name, (_, layouts) in NETWORKS.items()})
+    if nearest:
+        raise CheckpointError(f"{path}: {nearest}")
     keys = ", ".join(list(state)[:4])
     raise CheckpointError(f"{path}: not a checkpoint of {', '.join(NETWORKS)} in a known layout; it begins with {keys}")
 
@@ -96,7 +101,7 @@ def describe(net):
     """Name, sizes and number of parameters of a network, in a line; of a channel slice its own."""
     sizes = ", ".join(f"{name} {value}" for name, value in net.config.items())
     shapes = getattr(net, "shapes", None) or {name: parameter.shape for name, parameter in net.named_parameters()}
-    name = type(getattr(net, "whole", net)).__name__
+    name = type(getattr(net, "full_network", net)).__name__
     return f"{name}, {sizes}, {sum(shape.numel() for shape in shapes.values()):,} parameters"
 
 
@@ -107,7 +112,7 @@ def require_rgb(net, path):
     return net
 
 
-def _build(path, name, network, config, state, override):
+def _build(path, name, network, config, state, layout, override):
     override = {key: value for key, value in override.items() if value is not None}
     if config.get("multi_scale"):  # the one in use: as asked for, or that of this project's own file
         scale = override.pop("scale", config.get("scale"))
@@ -124,7 +129,11 @@ def _build(path, name, network, config, state, override):
         net = network(**config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {name} cannot be built as its header says ({error})") from None
-    return load_strictly(net, state, f"{path}: looks like {name} {config}, but ").eval()
+    means = {key: value for key, value in net.state_dict().items() if key.startswith(MEAN_SHIFTS)}
+    native = NETWORKS[name][1][0].name
+    origin = f" in the layout of {layout}" if layout else ""
+    origin += f", renamed as in {native}" if layout not in (None, native) else ""
+    return load_strictly(net, {**means, **state}, f"{path}: looks like {name} {config}{origin}, but ").eval()
 
 
 def as_list(value):

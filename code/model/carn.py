@@ -1,49 +1,56 @@
 """CARN, CARN-M: Fast, Accurate, and Lightweight Super-Resolution with Cascading Residual Network (Ahn et al., ECCV 2018)."""
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import nn
 
-from model.common import DIV2K_MEAN, ImageConv, MeanShift, Network, conv, upsampler_scale
+from model.common import DIV2K_MEAN, ImageConv, MeanShift, Network, conv, upsampling_factors
+from model.layout import Layout, State, upsampler_scale
 
 
 class Shift(nn.Module):
-    """Adds `sign` x the DIV2K mean, for images in [0, 1]."""
+    """Add `sign` x the DIV2K mean to images in [0, 1]."""
 
-    def __init__(self, sign):
+    def __init__(self, sign: int):
         super().__init__()
         self.shifter = MeanShift(sign, trainable=False)
         with torch.no_grad():
             self.shifter.bias.copy_(sign * torch.tensor(DIV2K_MEAN))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shift N x 3 x H x W."""
         return self.shifter(x)
 
 
 class Body(nn.Module):
-    """Layers one after the other, under the name that they have in the released files."""
+    """Layers one after the other, with the prefix `body` in their names."""
 
-    def __init__(self, *layers):
+    def __init__(self, *layers: nn.Module):
         super().__init__()
         self.body = nn.Sequential(*layers)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layers."""
         return self.body(x)
 
 
 class ResidualBlock(Body):
-    """Two 3x3 convolutions, in CARN-M in groups and then a 1x1; ReLU after the sum with the input too."""
+    """Two 3x3 convolutions plus the input, then ReLU; in CARN-M grouped convolutions, followed by a 1x1 convolution."""
 
-    def __init__(self, n_feats, group):
-        mix = [nn.ReLU(inplace=True), conv(n_feats, n_feats, 1)] if group > 1 else []
-        super().__init__(grouped(n_feats, n_feats, group), nn.ReLU(inplace=True), grouped(n_feats, n_feats, group), *mix)
+    def __init__(self, n_feats: int, group: int):
+        pointwise = [nn.ReLU(inplace=True), conv(n_feats, n_feats, 1)] if group > 1 else []
+        super().__init__(grouped(n_feats, n_feats, group), nn.ReLU(inplace=True), grouped(n_feats, n_feats, group),
+                         *pointwise)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the block on N x n_feats x H x W."""
         return torch.relu(self.body(x) + x)
 
 
 class CascadingBlock(nn.Module):
-    """Three residual blocks, in CARN-M one used three times, each fused with all that went before."""
+    """Three residual blocks with cascading connections; in CARN-M the three share their weights."""
 
-    def __init__(self, n_feats, group):
+    def __init__(self, n_feats: int, group: int):
         super().__init__()
         self.b1 = ResidualBlock(n_feats, group)
         if group == 1:
@@ -51,52 +58,60 @@ class CascadingBlock(nn.Module):
         self.c1, self.c2, self.c3 = fusions(n_feats)
         self.group = group
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the block on N x n_feats x H x W."""
         blocks = (self.b1, self.b2, self.b3) if self.group == 1 else (self.b1, self.b1, self.b1)
         return cascade(x, blocks, (self.c1, self.c2, self.c3))[-1]
 
 
 class CARN(Network):
-    """For one scale, or for those of `multi_scale` with a tail for each, of which `scale` is the one in use.
+    """CARN for one scale, or with an upsampler for each scale of `multi_scale`, of which `scale` is the one in use.
 
-    `group` > 1 is CARN-M. multi_scale=True is (2, 3, 4), as in the published configurations. No long skip connection.
+    multi_scale=True is (2, 3, 4), as published. group: groups of the convolutions, 4 in CARN-M. There is no long skip
+    connection. Raises ValueError for sizes that do not fit together.
     """
+
     native_range = 1
 
-    def __init__(self, scale, n_feats=64, group=1, multi_scale=False):
+    def __init__(self, scale: int, n_feats: int = 64, group: int = 1, multi_scale: bool | Sequence[int] = False):
         super().__init__()
         scales = (2, 3, 4) if multi_scale is True else tuple(multi_scale or ())
         if scales and scale not in scales:
-            raise ValueError(f"scale {scale} is none of the scales {scales} of multi_scale")
+            raise ValueError(f"scale {scale} is not among the scales {scales} of multi_scale")
         if n_feats % group:
             raise ValueError(f"n_feats {n_feats} cannot be split into {group} groups")
         self.scale, self.n_feats = scale, n_feats
         self.config = dict(scale=scale, n_feats=n_feats, group=group, multi_scale=scales or False)
-        # 1 entry, 2 in each of 3 x 3 residual blocks; a tail's convolutions and the exit reach 2 LR pixels at any scale
+        # entry 1, each of 3 x 3 residual blocks 2; convolutions of an upsampler and exit together 2 LR pixels at any scale
         self.receptive_field = 21
         self.sub_mean, self.add_mean = Shift(-1), Shift(1)
         self.entry = ImageConv(3, n_feats)
         self.b1, self.b2, self.b3 = (CascadingBlock(n_feats, group) for _ in range(3))
         self.c1, self.c2, self.c3 = fusions(n_feats)
-        tails = {f"up{s}": s for s in scales} or {"up": scale}
-        self.upsample = nn.ModuleDict({name: upsampler(s, n_feats, group) for name, s in tails.items()})
+        upsamplers = {f"up{s}": s for s in scales} or {"up": scale}
+        self.upsample = nn.ModuleDict({name: upsampler(s, n_feats, group) for name, s in upsamplers.items()})
         self.exit = ImageConv(n_feats, 3)
 
-    def super_resolve(self, x, features):
-        maps = cascade(self.entry(self.sub_mean(x)), (self.b1, self.b2, self.b3), (self.c1, self.c2, self.c3))
+    def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Compute the SR image and the feature maps, as `Network.super_resolve` describes."""
+        feature_maps = cascade(self.entry(self.sub_mean(x)), (self.b1, self.b2, self.b3),
+                               (self.c1, self.c2, self.c3))
         upsample = self.upsample[f"up{self.scale}" if self.config["multi_scale"] else "up"]
-        return self.add_mean(self.exit(upsample(maps[-1]))), maps
+        return self.add_mean(self.exit(upsample(feature_maps[-1]))), feature_maps
 
 
 class CARN_M(CARN):
-    """CARN for mobile devices: grouped convolutions, shared residual blocks."""
+    """CARN-M, for mobile devices: grouped convolutions and shared residual blocks."""
 
-    def __init__(self, scale, n_feats=64, group=4, multi_scale=False):
+    def __init__(self, scale: int, n_feats: int = 64, group: int = 4, multi_scale: bool | Sequence[int] = False):
         super().__init__(scale, n_feats, group, multi_scale)
 
 
-def cascade(x, blocks, fusions):
-    """Each block sees a fusion of all outputs before it -> [x, the fusion after each block]."""
+def cascade(x: torch.Tensor, blocks: Iterable[nn.Module], fusions: Iterable[nn.Module]) -> list[torch.Tensor]:
+    """Apply blocks with cascading connections: the input of each is a fusion of x and the outputs of all blocks before.
+
+    Returns x and the fusion after each block, N x n_feats x H x W each.
+    """
     outputs, fused = [x], [x]
     for block, fuse in zip(blocks, fusions):
         outputs.append(block(fused[-1]))
@@ -104,46 +119,34 @@ def cascade(x, blocks, fusions):
     return fused
 
 
-def fusions(n_feats):
+def fusions(n_feats: int) -> list[nn.Module]:
+    """Build the 1x1 convolutions that fuse 2, 3 and 4 concatenated feature maps."""
     return [Body(conv(n * n_feats, n_feats, 1), nn.ReLU(inplace=True)) for n in (2, 3, 4)]
 
 
-def grouped(in_channels, out_channels, group):
+def grouped(in_channels: int, out_channels: int, group: int) -> nn.Conv2d:
+    """Build a grouped 3x3 convolution."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, groups=group)
 
 
-def upsampler(scale, n_feats, group):
+def upsampler(scale: int, n_feats: int, group: int) -> nn.Module:
+    """Build the grouped sub-pixel convolutions of a scale, each followed by ReLU."""
     layers = []
-    for factor in [3] if scale == 3 else [2] * (scale.bit_length() - 1):
+    for factor in upsampling_factors(scale):
         layers += [grouped(n_feats, factor * factor * n_feats, group), nn.ReLU(inplace=True), nn.PixelShuffle(factor)]
     return Body(*layers)
 
 
-def recognise(state):
-    """(config, state) of a CARN as its authors released it, else None; no scale in it where the file holds several."""
-    return _sizes(state) if "b1.b2.body.0.weight" in state else None
-
-
-def recognise_m(state):
-    """(config, state) of a CARN-M as its authors released it, else None; the scale as in `recognise`."""
-    return _sizes(state) if "b1.b1.body.4.weight" in state else None
-
-
-def _sizes(state):
-    if not {"entry.weight", "b1.b1.body.0.weight", "b1.c1.body.0.weight"} <= state.keys():
-        return None
+def read_config(state: State) -> dict:
+    """Read the arguments of CARN or CARN-M from names and shapes; without `scale` where there are several upsamplers."""
     n_feats = state["entry.weight"].shape[0]
-    config = dict(n_feats=n_feats, group=n_feats // state["b1.b1.body.0.weight"].shape[1], multi_scale=False)
     scales = tuple(scale for scale in (2, 3, 4, 8) if f"upsample.up{scale}.body.0.weight" in state)
-    if len(scales) == 1:
-        config["scale"] = scales[0]
-    if scales:
-        return dict(config, multi_scale=scales), _with_shifts(state)
-    scale = upsampler_scale(state, "upsample.up.body.", n_feats)
-    return (dict(config, scale=scale), _with_shifts(state)) if scale else None
+    config = dict(n_feats=n_feats, group=n_feats // state["b1.b1.body.0.weight"].shape[1], multi_scale=scales or False)
+    if len(scales) > 1:
+        return config
+    return dict(config, scale=scales[0] if scales else upsampler_scale(state, "upsample.up.body", n_feats))
 
 
-def _with_shifts(state):
-    """The state with the constant mean shifts where the file does without."""
-    return {**{f"{name}.{key}": value for name, sign in (("sub_mean", -1), ("add_mean", 1))
-               for key, value in Shift(sign).state_dict().items()}, **state}
+SHARED_NAMES = "entry.weight", "b1.b1.body.0.weight", "b1.c1.body.0.weight", "c1.body.0.weight", "exit.weight"
+LAYOUTS = (Layout("the authors", (*SHARED_NAMES, "b1.b2.body.0.weight", "b2.b2.body.0.weight"), read_config),)
+LAYOUTS_M = (Layout("the authors", (*SHARED_NAMES, "b1.b1.body.4.weight", "b2.b1.body.4.weight"), read_config),)

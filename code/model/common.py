@@ -1,49 +1,60 @@
-"""Parts that the networks share, under the parameter names of the EDSR family's released files."""
+"""The base class of the networks, and the modules that they share under the parameter names of EDSR-PyTorch."""
+from collections.abc import Callable, Collection, Iterable
+
 import torch
 from torch import nn
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB in [0, 1]
+MEAN_SHIFTS = "sub_mean.", "add_mean."  # parameters with these prefixes may be missing in a checkpoint: see MeanShift
 
 
 class Network(nn.Module):
-    """A super-resolution network: `forward` here is what its surroundings see, `super_resolve` what it computes.
+    """Base class of super-resolution networks: a subclass implements `super_resolve`, callers use `forward`.
 
-    Attributes: `config`, the arguments of its constructor; `scale`; `n_feats`, the channels of its feature maps;
-    `rgb_range`, of its surroundings, and `native_range`, what it was designed for; `window`, the size that inputs are
-    padded to a multiple of (1: none); `receptive_field`, LR pixels to each side (None: the whole image).
+    Attributes: `config`, the arguments of the constructor; `scale`; `n_feats`, the channels of the feature maps;
+    `rgb_range`, the maximum of the images that `forward` takes and returns; `native_range`, the maximum of those that
+    `super_resolve` was designed for; `window`, the size to a multiple of which inputs are padded (1: no padding);
+    `receptive_field`, in LR pixels to each side (None: the whole image).
     """
+
     rgb_range = 255
     native_range = 255
     window = 1
     receptive_field = None
 
-    def super_resolve(self, x, features):
-        """x: N x 3 x H x W in [0, native_range] -> sr: N x 3 x sH x sW, and the four maps N x n_feats x H x W.
+    def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Compute the SR image and the four feature maps that `forward` describes.
 
-        Without features the maps are not looked at: those that the network itself needs no more may be missing.
+        x: N x 3 x H x W in [0, native_range] -> N x 3 x sH x sW in the same range, and feature maps N x n_feats x H x W.
+        Without `features` the caller ignores the feature maps, so that some may be left out.
         """
         raise NotImplementedError
 
-    def forward(self, lr, features=False):
-        """lr: N x 3 x H x W in [0, rgb_range] -> sr: N x 3 x sH x sW in the same range.
+    def forward(self, lr: torch.Tensor,
+                features: bool = False) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Super-resolve a batch of LR images.
 
-        With features, (sr, [f0, f1, f2, f3]): the maps after the head, at about a third and two thirds of the body, and at
-        its end, N x n_feats x H x W (of the padded input where the network has a window).
+        lr: N x 3 x H x W in [0, rgb_range] -> sr: N x 3 x sH x sW in the same range. With `features`, (sr, [f0, f1, f2,
+        f3]): the feature maps N x n_feats x H x W after the head, after about a third and two thirds of the body, and at its
+        end.
         """
         height, width = lr.shape[-2:]
         x = lr if self.rgb_range == self.native_range else lr * (self.native_range / self.rgb_range)
-        sr, maps = self.super_resolve(pad_to_window(x, self.window), features)
+        sr, feature_maps = self.super_resolve(pad_to_window(x, self.window), features)
         sr = sr[..., :height * self.scale, :width * self.scale]
         if self.rgb_range != self.native_range:
             sr = sr * (self.rgb_range / self.native_range)
-        return (sr, [x[..., :height, :width] for x in maps]) if features else sr
+        return (sr, [x[..., :height, :width] for x in feature_maps]) if features else sr
 
 
-def pad_to_window(x, window):
-    """Extends N x C x H x W at the bottom and right to multiples of `window`, by reflection (edge pixel not repeated)."""
+def pad_to_window(x: torch.Tensor, window: int) -> torch.Tensor:
+    """Pad N x C x H x W at the bottom and right to multiples of `window`, by reflection without repeating the edge pixel.
+
+    Unlike `torch.nn.functional.pad`, this takes sides that are shorter than the padding: they are reflected repeatedly.
+    """
     for dim in (2, 3):
         missing = -x.shape[dim] % window
-        while missing:  # a side shorter than what is missing is reflected more than once
+        while missing:
             size = x.shape[dim]
             part = min(missing, max(size - 1, 1))
             x = torch.cat([x, x.narrow(dim, max(size - 1 - part, 0), part).flip(dim)], dim)
@@ -51,38 +62,40 @@ def pad_to_window(x, window):
     return x
 
 
-def conv(in_channels, out_channels, kernel_size=3):
+def conv(in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Conv2d:
+    """Build a convolution with a bias that keeps height and width."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
 
-def squeeze_and_excite(n_feats, reduction):
-    """N x C x 1 x 1 -> N x C x 1 x 1 in 0..1: channel attention's two 1x1 convolutions, under the authors' `conv_du`."""
+def squeeze_and_excite(n_feats: int, reduction: int) -> nn.Sequential:
+    """Build the two 1x1 convolutions of channel attention, `conv_du` in RCAN: N x C x 1 x 1 -> N x C x 1 x 1 in [0, 1]."""
     return nn.Sequential(conv(n_feats, n_feats // reduction, 1), nn.ReLU(inplace=True),
                          conv(n_feats // reduction, n_feats, 1), nn.Sigmoid())
 
 
 class ImageConv(nn.Conv2d):
-    """Convolution from an image or to one, in float32 under any autocast.
+    """A convolution from or to an image, which autocast leaves in float32.
 
-    bfloat16 keeps 8 bits: a pixel of 200 is known to +-0.5 only. Between the two ends the residual body tolerates that,
-    the image itself does not.
+    bfloat16 has 8 significant bits, so that a pixel value of 200 would be rounded by up to 0.5. The residual body tolerates
+    that, the image does not.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size=3):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve N x C x H x W in the type of the weights."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
 
 class MeanShift(ImageConv):
-    """Adds `sign` x the DIV2K mean x 255, as the 1x1 convolution that the released files hold.
+    """Add `sign` x the DIV2K mean x 255, as the 1x1 convolution that the released checkpoints hold.
 
-    Its 12 numbers are constants in EDSR, and were trained along with the rest in RCAN and SAN: `trainable` says which.
+    Its 12 parameters are constant in EDSR and trainable in RCAN and SAN. Where a checkpoint lacks them, these values apply.
     """
 
-    def __init__(self, sign, trainable):
+    def __init__(self, sign: int, trainable: bool):
         super().__init__(3, 3, kernel_size=1)
         with torch.no_grad():
             self.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
@@ -90,72 +103,44 @@ class MeanShift(ImageConv):
         self.requires_grad_(trainable)
 
 
-class Upsampler(nn.Sequential):
-    """Sub-pixel upsampling (Shi et al., CVPR 2016): N x C x H x W -> N x C x sH x sW; scale 2, 3, 4 or 8."""
+def upsampling_factors(scale: int) -> list[int]:
+    """Return the factors of the successive upsampling steps of a scale that is 3 or a power of two."""
+    return [3] if scale == 3 else [2] * (scale.bit_length() - 1)
 
-    def __init__(self, scale, n_feats):
+
+class Upsampler(nn.Sequential):
+    """Sub-pixel convolutions (Shi et al., CVPR 2016): N x C x H x W -> N x C x sH x sW; scale 2, 3, 4 or 8."""
+
+    def __init__(self, scale: int, n_feats: int):
         layers = []
-        for factor in [3] if scale == 3 else [2] * (scale.bit_length() - 1):
+        for factor in upsampling_factors(scale):
             layers += [conv(n_feats, factor * factor * n_feats), nn.PixelShuffle(factor)]
         super().__init__(*layers)
 
 
 class ResBlock(nn.Module):
-    """EDSR's residual block: conv, ReLU, conv, times res_scale, plus the input."""
+    """The residual block of EDSR: x + res_scale * conv(ReLU(conv(x)))."""
 
-    def __init__(self, n_feats, res_scale):
+    def __init__(self, n_feats: int, res_scale: float):
         super().__init__()
         self.body = nn.Sequential(conv(n_feats, n_feats), nn.ReLU(inplace=True), conv(n_feats, n_feats))
         self.res_scale = res_scale
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the block on N x n_feats x H x W."""
         res = self.body(x)
         return x + (res if self.res_scale == 1 else res * self.res_scale)
 
 
-def forward_features(blocks, x, feature_layers):
-    """Runs x through the blocks -> (output, [x before block t for t in feature_layers]); t = len(blocks) is the output."""
+def forward_features(blocks: Iterable[Callable], x: torch.Tensor,
+                     feature_layers: Collection[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Apply blocks one after the other and return (output, the feature maps after the blocks of `feature_layers`).
+
+    feature_layers: numbers of blocks that have been applied, from 0, the input, to that of all blocks, the output.
+    """
     kept = {0: x}
     for done, block in enumerate(blocks, start=1):
         x = block(x)
         if done in feature_layers:
             kept[done] = x
-    return x, [kept[tap] for tap in feature_layers]
-
-
-# ---- reading sizes off the names and shapes of parameters
-
-def count(state, pattern):
-    """1 + the largest N for which `pattern` with N in the place of its * begins a name of the state; 0 without any."""
-    before, after = pattern.split("*")
-    numbers = [int(name[len(before):].split(after or ".", 1)[0]) for name in state
-               if name.startswith(before) and after in name[len(before):]
-               and name[len(before):].split(after or ".", 1)[0].isdigit()]
-    return max(numbers, default=-1) + 1
-
-
-def upsampler_scale(state, prefix, n_feats):
-    """Scale of an Upsampler whose convolutions are `prefix`N.weight; None where the shapes are not of one."""
-    ratios = [tensor.shape[0] / n_feats for name, tensor in state.items()
-              if name.startswith(prefix) and name.endswith(".weight") and name[len(prefix):-7].isdigit()]
-    if ratios == [9]:
-        return 3
-    return 2 ** len(ratios) if ratios and set(ratios) == {4} else None
-
-
-def rename(state, *rules):
-    """The state with the first (start, new start) rule that fits applied to each name."""
-    renamed = {}
-    for name, tensor in state.items():
-        for start, new in rules:
-            if name.startswith(start):
-                name = new + name[len(start):]
-                break
-        renamed[name] = tensor
-    return renamed
-
-
-def with_default_means(state):
-    """The state with the constant mean shift where it is a layout or a file that does without."""
-    return {**{f"{name}.{part}": value for name, sign in (("sub_mean", -1), ("add_mean", 1))
-               for part, value in MeanShift(sign, False).state_dict().items()}, **state}
+    return x, [kept[layer] for layer in feature_layers]

@@ -1,11 +1,12 @@
-"""Channel slices of a network, as in CSD (Wang et al., IJCAI 2021): of every parameter the first rows and columns; and
-students that start from the slice of a teacher, of fewer blocks as well.
+"""Channel slices of a network, as in CSD (Wang et al., IJCAI 2021), and students that inherit a teacher's weights.
 
-What the slice of each parameter is shows in a narrow twin, the same network built with fewer channels: along each axis the
-first as many entries as the twin has. So the networks know nothing of it. An upsampling convolution gives its first
-r x n_feats x s^2 rows, a convolution over concatenated maps its first columns of the whole, an image channel stays.
+The slice of a network has the first rows and columns of every parameter. How many follows from the same network built with
+fewer channels: along each axis the slice has as many entries as that narrow network. Networks need no code for it. Of an
+upsampling convolution the slice has the first r x n_feats x s^2 rows, where r is the width; of a convolution over
+concatenated feature maps the first columns; image channels remain.
 """
 import re
+from collections.abc import Iterable, Sequence
 
 import torch
 from system.errors import UserError
@@ -13,193 +14,222 @@ from torch import nn
 from torch.func import functional_call
 
 from model import rdn
+from model.common import Network
 
-MEANING = "scale", "window_size", "group"  # constructor arguments on which it depends what an entry of a parameter means
-UNLIKE = "the student cannot start from the teacher's weights"
-WIDTHS = "n_feats", "G0", "RDNconfig", "n_inner"  # constructor arguments that count channels and scale with the width
+FIXED_ARGUMENTS = "scale", "window_size", "group"  # must be equal: they determine what an entry of a parameter means
+WIDTH_ARGUMENTS = "n_feats", "G0", "RDNconfig", "n_inner"  # numbers of channels, which are multiplied by the width
+CANNOT_INHERIT = "the student cannot start from the teacher's weights"
+
+Tree = dict  # component of parameter names -> Tree or the name of a parameter
 
 
 class Slice(nn.Module):
-    """The slice of `whole` as a network of its own that shares its storage: training it trains those parts of `whole`.
+    """A channel slice of `full_network` as a network that shares its storage: training the slice trains these channels.
 
-    Its parameters and its state_dict are those of the whole network.
+    Its parameters and its state_dict are those of the full network. narrow: a network of the slice's size, which determines
+    its shapes and its computation; its own parameters are not used.
     """
 
-    def __init__(self, whole, twin):
+    def __init__(self, full_network: Network, narrow: Network):
         super().__init__()
-        self.whole = whole
-        object.__setattr__(self, "twin", twin.to("meta"))  # gives the computation; its own parameters are never used
-        self.shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
-        check(whole, twin)
-        self.config, self.scale, self.n_feats = twin.config, twin.scale, twin.n_feats
-        self.window, self.receptive_field = twin.window, twin.receptive_field
+        self.full_network = full_network
+        object.__setattr__(self, "narrow", narrow.to("meta"))  # not registered as a module: its parameters are not trained
+        self.shapes = {name: parameter.shape for name, parameter in narrow.named_parameters()}
+        check_slice(full_network, narrow)
+        self.config, self.scale, self.n_feats = narrow.config, narrow.scale, narrow.n_feats
+        self.window, self.receptive_field = narrow.window, narrow.receptive_field
 
     @property
-    def rgb_range(self):
-        return self.whole.rgb_range
+    def rgb_range(self) -> float:
+        """The maximum of images, as set for the full network."""
+        return self.full_network.rgb_range
 
-    def forward(self, lr, features=False):
-        self.twin.rgb_range = self.whole.rgb_range
-        parameters = {name: part(parameter, self.shapes[name]) for name, parameter in self.whole.named_parameters()}
-        tensors = {**parameters, **dict(self.whole.named_buffers())}
-        return functional_call(self.twin, tensors, (lr,), {"features": features})
+    def forward(self, lr: torch.Tensor,
+                features: bool = False) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Super-resolve a batch of LR images, as `Network.forward` does."""
+        self.narrow.rgb_range = self.full_network.rgb_range
+        parameters = {name: leading_slice(parameter, self.shapes[name])
+                      for name, parameter in self.full_network.named_parameters()}
+        tensors = {**parameters, **dict(self.full_network.named_buffers())}
+        return functional_call(self.narrow, tensors, (lr,), {"features": features})
 
 
-def slim(net, width):
-    """The first `width` (0..1] of the channels of a network, as a student that shares its storage (self-distillation)."""
-    return Slice(net, narrow_twin(net, width))
+def slim(net: Network, width: float) -> Slice:
+    """Build the student of self-distillation: the first `width` (0..1] of a network's channels, with shared storage.
+
+    Raises UserError where the network cannot be sliced to this width.
+    """
+    return Slice(net, narrow_network(net, width))
 
 
-def inherit(student, teacher):
-    """Copies the teacher's weights into a student of the same kind with as many or fewer channels and blocks.
+def inherit(student: Network, teacher: Network) -> Network:
+    """Copy the teacher's weights into a student of the same kind with as many or fewer channels and blocks.
 
-    Of channels it gets the first, of a row of blocks, wherever such rows are, evenly spaced ones in their order, the first
-    and the last included. Raises UserError where there is nothing to copy.
+    The student gets the first channels, and evenly spaced blocks of each sequence of blocks, including the first and the
+    last. Returns the student. Raises UserError where the weights do not fit.
     """
     kinds = [type(net).__name__ for net in (student, teacher)]
     if type(student) is not type(teacher):
-        raise UserError(f"{UNLIKE}: the one is {kinds[0]}, the other {kinds[1]}")
-    for name in MEANING:
+        raise UserError(f"{CANNOT_INHERIT}: the student is {kinds[0]}, the teacher {kinds[1]}")
+    for name in FIXED_ARGUMENTS:
         values = [net.config.get(name) for net in (student, teacher)]
         if values[0] != values[1]:
-            raise UserError(f"{UNLIKE}: its {name} is {values[0]}, the teacher's {values[1]}")
-    mine, theirs = (dict(net.named_parameters()) for net in (student, teacher))
-    rows = []  # those of which the student has fewer blocks: (its number of them, the teacher's, which of these)
-    sources = counterparts(tree(mine), tree(theirs), rows=rows)
-    widths = student.n_feats, teacher.n_feats
+            raise UserError(f"{CANNOT_INHERIT}: the student's {name} is {values[0]}, the teacher's {values[1]}")
+    student_parameters, teacher_parameters = (dict(net.named_parameters()) for net in (student, teacher))
+    reduced = []  # (number of the student's blocks, of the teacher's, indices of those taken) of each shortened sequence
+    sources = match_parameters(parameter_tree(student_parameters), parameter_tree(teacher_parameters), reduced)
+    n_feats = student.n_feats, teacher.n_feats
     with torch.no_grad():
-        for name, parameter in mine.items():
-            source = columns_of(theirs[sources[name]], parameter.shape, rows, widths)
-            wrong = source.dim() != parameter.dim() or source.shape[2:] != parameter.shape[2:] or any(
+        for name, parameter in student_parameters.items():
+            source = select_columns(teacher_parameters[sources[name]], parameter.shape, reduced, n_feats)
+            differs = source.dim() != parameter.dim() or source.shape[2:] != parameter.shape[2:] or any(
                 small > large for small, large in zip(parameter.shape, source.shape))
-            if wrong:
-                raise UserError(f"{UNLIKE}: its {name} has {list(parameter.shape)}, the teacher's {list(source.shape)}")
-            parameter.copy_(part(source, parameter.shape))
+            if differs:
+                raise UserError(f"{CANNOT_INHERIT}: the student's {name} has shape {list(parameter.shape)}, "
+                                f"the teacher's {list(source.shape)}")
+            parameter.copy_(leading_slice(source, parameter.shape))
     return student
 
 
-def tree(names):
-    """Names of parameters -> nested dicts by the parts of the names, a number at the end of a part being one of its own."""
+def parameter_tree(names: Iterable[str]) -> Tree:
+    """Arrange names of parameters as nested dicts by their components; a number at the end of one is its own component."""
     root = {}
     for name in names:
         node = root
-        *parts, last = [part for word in name.split(".") for part in split_number(word)]
-        for key in parts:
+        *components, last = [part for component in name.split(".") for part in split_number(component)]
+        for key in components:
             node = node.setdefault(key, {})
         node[last] = name
     return root
 
 
-def split_number(word):
-    """'IMDB3' -> 'IMDB', 3; '3' -> 3; 'weight' -> 'weight'."""
-    start, number = re.fullmatch(r"(.*?)([0-9]*)", word).groups()
+def split_number(component: str) -> list[str | int]:
+    """Split the number off a component: 'IMDB3' -> ['IMDB', 3]; '3' -> [3]; 'weight' -> ['weight']."""
+    start, number = re.fullmatch(r"(.*?)([0-9]*)", component).groups()
     return [part for part in (start, int(number) if number else None) if part not in ("", None)]
 
 
-def counterparts(student, teacher, rows, path=""):
-    """{name of a student's parameter: the teacher's that it starts from}, of two trees; notes in `rows` what is thinned."""
+def match_parameters(student: Tree | str, teacher: Tree | str, reduced: list, path: str = "") -> dict[str, str]:
+    """Match parameters: {name of a student's parameter: name of the teacher's from which it is copied}.
+
+    Appends (student's number of blocks, teacher's number, indices taken) to `reduced` for each shortened sequence of blocks.
+    path: the components that lead to the two trees, for error messages.
+    """
     if isinstance(student, str):
         return {student: teacher}
     same = student.keys() == teacher.keys()
-    pairs = [(key, key) for key in student] if same else thin(student, teacher, rows, path)
+    pairs = [(key, key) for key in student] if same else match_blocks(student, teacher, reduced, path)
     found = {}
-    for mine, its in pairs:
-        if isinstance(student[mine], str) != isinstance(teacher[its], str):
-            raise UserError(f"{UNLIKE}: they differ in {path}{mine}")
-        found.update(counterparts(student[mine], teacher[its], rows, f"{path}{mine}."))
+    for key, source in pairs:
+        if isinstance(student[key], str) != isinstance(teacher[source], str):
+            raise UserError(f"{CANNOT_INHERIT}: they differ in {path}{key}")
+        found.update(match_parameters(student[key], teacher[source], reduced, f"{path}{key}."))
     return found
 
 
-def thin(student, teacher, rows, path):
-    """Pairs of keys where the student has fewer blocks: runs of children that look alike, thinned one by one."""
-    runs, others = (runs_of(node) for node in (student, teacher))
-    if [look for look, _ in runs] != [look for look, _ in others]:
-        odd = next(iter(map(str, sorted(student.keys() ^ teacher.keys(), key=str))))
-        raise UserError(f"{UNLIKE}: they differ in {path}{odd}")
+def match_blocks(student: Tree, teacher: Tree, reduced: list, path: str) -> list[tuple]:
+    """Match the children of two trees, of which the student has fewer: (key of the student, key of the teacher) pairs.
+
+    Within each sequence of children of the same structure, evenly spaced ones of the teacher are taken.
+    """
+    student_groups, teacher_groups = (group_children(node) for node in (student, teacher))
+    if [structure for structure, _ in student_groups] != [structure for structure, _ in teacher_groups]:
+        different = next(iter(map(str, sorted(student.keys() ^ teacher.keys(), key=str))))
+        raise UserError(f"{CANNOT_INHERIT}: they differ in {path}{different}")
     pairs = []
-    for (_, mine), (_, its) in zip(runs, others):
-        if len(mine) > len(its):
-            raise UserError(f"{UNLIKE}: it has more blocks {path}*, {len(mine)}, than "
-                            f"the teacher, {len(its)}")
-        chosen = evenly(len(mine), len(its))
-        if len(mine) < len(its):
-            rows.append((len(mine), len(its), chosen))
-        pairs += zip(mine, (its[index] for index in chosen))
+    for (_, keys), (_, sources) in zip(student_groups, teacher_groups):
+        if len(keys) > len(sources):
+            raise UserError(f"{CANNOT_INHERIT}: the student has more blocks {path}*, {len(keys)}, than "
+                            f"the teacher, {len(sources)}")
+        chosen = evenly_spaced(len(keys), len(sources))
+        if len(keys) < len(sources):
+            reduced.append((len(keys), len(sources), chosen))
+        pairs += zip(keys, (sources[index] for index in chosen))
     return pairs
 
 
-def runs_of(node):
-    """[(how they look, keys)] of the children of a tree, those in a row that look alike together; words before numbers."""
-    runs = []
+def group_children(node: Tree) -> list[tuple]:
+    """Group the consecutive children that have the same structure: [(structure, keys)], words before numbers."""
+    groups = []
     for key in sorted(node, key=lambda key: (isinstance(key, int), key)):
-        look = key if isinstance(key, str) else look_of(node[key])
-        if runs and runs[-1][0] == look:
-            runs[-1][1].append(key)
+        structure = key if isinstance(key, str) else structure_of(node[key])
+        if groups and groups[-1][0] == structure:
+            groups[-1][1].append(key)
         else:
-            runs.append((look, [key]))
-    return runs
+            groups.append((structure, [key]))
+    return groups
 
 
-def look_of(node):
-    """What blocks have in common that differ only in how many blocks they hold in turn."""
+def structure_of(node: Tree | str) -> str | tuple:
+    """Return the structure of a block, which is equal for blocks that differ only in how many blocks they contain."""
     if isinstance(node, str):
         return "parameter"
-    return tuple(look for look, _ in runs_of(node))
+    return tuple(structure for structure, _ in group_children(node))
 
 
-def evenly(count, total):
-    """Numbers of `count` of `total` blocks in a row, from the first to the last; of one alone the first."""
+def evenly_spaced(count: int, total: int) -> list[int]:
+    """Return `count` evenly spaced indices of `total` blocks, from the first to the last; the first if count is 1."""
     return [round(index * (total - 1) / max(count - 1, 1)) for index in range(count)]
 
 
-def columns_of(source, shape, rows, widths):
-    """The parameter without the columns fed by blocks that the student does not have, where it takes the maps of all blocks
+def select_columns(source: torch.Tensor, shape: Sequence[int], reduced: list, n_feats: tuple[int, int]) -> torch.Tensor:
+    """Select the columns of the blocks that the student has, where a convolution takes the feature maps of all blocks.
 
-    at once, as its number of columns shows; else as it is. widths: the channels of the student's maps and the teacher's.
+    source: the teacher's parameter; shape: that of the student's. n_feats: channels of the student's and of the teacher's
+    feature maps. Other parameters, recognised by their number of columns, are returned as they are.
     """
-    for count, total, chosen in rows:
-        if source.dim() > 1 and (shape[1], source.shape[1]) == (count * widths[0], total * widths[1]):
-            return source.unflatten(1, (total, -1))[:, chosen, :widths[0]].flatten(1, 2)
+    for count, total, chosen in reduced:
+        if source.dim() > 1 and (shape[1], source.shape[1]) == (count * n_feats[0], total * n_feats[1]):
+            return source.unflatten(1, (total, -1))[:, chosen, :n_feats[0]].flatten(1, 2)
     return source
 
 
-def narrow_twin(net, width):
-    """A new network of that kind with `width` of the channels; raises UserError where there is no such network."""
+def narrow_network(net: Network, width: float) -> Network:
+    """Build a new network of the same kind with `width` (0..1] of the channels.
+
+    Raises UserError where there is no such network.
+    """
     if not 0 < width <= 1:
         raise UserError(f"--width_mult {width:g} is not above 0 and at most 1")
-    config = {name: scaled(name, value, width) if name in WIDTHS and value else value for name, value in net.config.items()}
+    config = {name: scale_argument(name, value, width) if name in WIDTH_ARGUMENTS and value else value
+              for name, value in net.config.items()}
     try:
-        twin = type(net)(**config)
+        narrow = type(net)(**config)
     except (ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
-        raise UserError(f"--width_mult {width:g}: {type(net).__name__} cannot be sliced so ({error})") from None
-    return twin.train(net.training)
+        raise UserError(f"--width_mult {width:g}: {type(net).__name__} cannot be sliced to this width ({error})") from None
+    return narrow.train(net.training)
 
 
-def scaled(name, value, width):
-    """The constructor's argument for `width` of the channels that `value` says."""
+def scale_argument(name: str, value: int | str, width: float) -> int | str:
+    """Multiply a number of channels by the width; of an RDNconfig its growth rate.
+
+    Raises UserError where the product is no whole number.
+    """
     if name == "RDNconfig":
-        blocks, convs, growth = rdn.sizes(value)
-        return f"{blocks},{convs},{scaled('growth', growth, width)}"
+        blocks, convs, growth = rdn.parse_config(value)
+        return f"{blocks},{convs},{scale_argument('growth', growth, width)}"
     channels = value * width
     if channels < 1 or channels != int(channels):
         raise UserError(f"--width_mult {width:g} of {name} {value} leaves {channels:g} channels; it must be a whole number")
     return int(channels)
 
 
-def part(parameter, shape):
-    """The first entries of a parameter along each axis: a view of the given shape."""
+def leading_slice(parameter: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a view of the first entries of a parameter along each axis, of the given shape."""
     for axis, size in enumerate(shape):
         if size < parameter.shape[axis]:
             parameter = parameter.narrow(axis, 0, size)
     return parameter
 
 
-def check(whole, narrow):
-    """Raises UserError unless each parameter of the narrow network is a slice of that of the whole one."""
-    wide, narrow_shapes = dict(whole.named_parameters()), {name: p.shape for name, p in narrow.named_parameters()}
-    if type(whole) is not type(narrow) or wide.keys() != narrow_shapes.keys():
-        odd = next(iter(wide.keys() ^ narrow_shapes.keys()), type(narrow).__name__)
-        raise UserError(f"{type(narrow).__name__} is no channel slice of that {type(whole).__name__}: they differ in {odd}")
+def check_slice(full_network: Network, narrow: Network) -> None:
+    """Raise UserError unless each parameter of the narrow network has the shape of a slice of the full network's."""
+    full_shapes, narrow_shapes = ({name: parameter.shape for name, parameter in net.named_parameters()}
+                                  for net in (full_network, narrow))
+    if type(full_network) is not type(narrow) or full_shapes.keys() != narrow_shapes.keys():
+        different = next(iter(full_shapes.keys() ^ narrow_shapes.keys()), type(narrow).__name__)
+        raise UserError(f"{type(narrow).__name__} is no channel slice of that {type(full_network).__name__}: they differ in "
+                        f"{different}")
     for name, shape in narrow_shapes.items():
-        if any(small > large for small, large in zip(shape, wide[name].shape)):
-            raise UserError(f"no channel slice: {name} has {list(shape)} of {list(wide[name].shape)}")
+        if any(small > large for small, large in zip(shape, full_shapes[name])):
+            raise UserError(f"no channel slice: {name} has shape {list(shape)}, larger than {list(full_shapes[name])}")

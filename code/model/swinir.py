@@ -1,8 +1,9 @@
 """SwinIR: Image Restoration Using Swin Transformer (Liang et al., ICCVW 2021).
 
-Inside the body a feature map is N x H x W x C, as linear layers want it; permuted for a convolution that is the
-channels_last format of N x C x H x W, so that no data moves between the two.
+Feature maps of the body are N x H x W x C, as linear layers require. Permuted to N x C x H x W for a convolution they have
+the channels_last memory format, so that no data is copied.
 """
+from collections.abc import Sequence
 from functools import lru_cache
 from math import isqrt
 
@@ -10,35 +11,38 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model.common import DIV2K_MEAN, ImageConv, Network, Upsampler, conv, count, forward_features, upsampler_scale
+from model.common import DIV2K_MEAN, ImageConv, Network, Upsampler, conv, forward_features
+from model.layout import Layout, Rules, State, count, upsampler_scale
 
-TAIL_FEATS = 64  # channels between body and image, in every released file
-BUFFERS = "relative_position_index", "attn_mask"  # constants in the released files, computed here
+UPSAMPLER_FEATS = 64  # channels between body and image, in every released checkpoint
 
 
-def to_windows(x, window):
-    """N x H x W x C -> (N x number of windows) x window^2 x C; a view where it can be."""
+def to_windows(x: torch.Tensor, window: int) -> torch.Tensor:
+    """Partition N x H x W x C into windows: (N x number of windows) x window^2 x C; a view where possible."""
     n, height, width, channels = x.shape
     x = x.view(n, height // window, window, width // window, window, channels)
     return x.transpose(2, 3).reshape(-1, window * window, channels)
 
 
-def from_windows(x, window, height, width):
-    """The inverse of to_windows."""
+def from_windows(x: torch.Tensor, window: int, height: int, width: int) -> torch.Tensor:
+    """Reverse `to_windows`."""
     x = x.view(-1, height // window, width // window, window, window, x.shape[-1])
     return x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])
 
 
-def relative_positions(window):
-    """window^2 x window^2: for two positions of a window, the row of the bias table that their distance has."""
+def relative_position_index(window: int) -> torch.Tensor:
+    """Compute, for each pair of positions of a window, the row of the bias table for their offset: window^2 x window^2."""
     row, column = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
     row, column = row.flatten(), column.flatten()
     return (row[:, None] - row + window - 1) * (2 * window - 1) + column[:, None] - column + window - 1
 
 
-@lru_cache(maxsize=4)  # training alternates between few sizes; at 512 x 512 a mask is 64 MiB
-def shift_mask(height, width, window, shift, device):
-    """Number of windows x 1 x window^2 x window^2: -100 between positions that only the cyclic shift made neighbours."""
+@lru_cache(maxsize=4)  # training uses few sizes; the mask of 512 x 512 takes 64 MiB
+def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> torch.Tensor:
+    """Compute the attention mask of cyclically shifted windows: number of windows x 1 x window^2 x window^2.
+
+    It is -100 between positions that are adjacent only through the shift, and 0 elsewhere.
+    """
     rows, columns = (torch.arange(size, device=device) for size in (height, width))
     rows, columns = ((at >= size - window).int() + (at >= size - shift).int()
                      for at, size in ((rows, height), (columns, width)))
@@ -47,25 +51,25 @@ def shift_mask(height, width, window, shift, device):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention within each window, with a learned bias for each distance."""
+    """Multi-head self-attention within windows, with a learned relative position bias."""
 
-    def __init__(self, n_feats, num_heads, window):
+    def __init__(self, n_feats: int, num_heads: int, window: int):
         super().__init__()
         self.num_heads = num_heads
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer("index", relative_positions(window), persistent=False)
+        self.register_buffer("index", relative_position_index(window), persistent=False)
         self.qkv = linear(n_feats, 3 * n_feats)
         self.proj = linear(n_feats, n_feats)
 
-    def forward(self, x, mask):
-        """x: windows B x L x C; mask: None or a mask of each window of an image."""
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Compute the attention of windows B x L x C; mask: that of `shift_mask` for the windows of an image, or None."""
         size, length, channels = x.shape
         qkv = self.qkv(x).view(size, length, 3, self.num_heads, channels // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)[None]
         bias = (bias if mask is None else bias + mask).to(qkv.dtype)
-        if bias.requires_grad:  # few fused kernels give it a gradient, and what stands in for them is slower than this
+        if bias.requires_grad:  # few fused kernels compute the gradient of a bias, and the fallback is slower than this
             scores = (query * query.shape[-1] ** -0.5) @ key.mT
             scores = (scores.view(-1, *bias.shape) + bias).view_as(scores)
             x = scores.softmax(-1).to(value.dtype) @ value
@@ -77,19 +81,22 @@ class WindowAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, n_feats, hidden):
+    """Linear layer, GELU, linear layer."""
+
+    def __init__(self, n_feats: int, hidden: int):
         super().__init__()
         self.fc1 = linear(n_feats, hidden)
         self.fc2 = linear(hidden, n_feats)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the layers on ... x n_feats."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class SwinBlock(nn.Module):
-    """Swin transformer layer on N x H x W x C; `shift` moves its windows, cyclically, up and left."""
+    """Swin Transformer layer; `shift`: by how many pixels its input is shifted cyclically up and left."""
 
-    def __init__(self, n_feats, num_heads, window, shift, hidden):
+    def __init__(self, n_feats: int, num_heads: int, window: int, shift: int, hidden: int):
         super().__init__()
         self.window, self.shift = window, shift
         self.norm1 = nn.LayerNorm(n_feats)
@@ -97,7 +104,8 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(n_feats)
         self.mlp = Mlp(n_feats, hidden)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the layer on N x H x W x C."""
         height, width = x.shape[1:3]
         moved, mask = self.norm1(x), None
         if self.shift:
@@ -111,39 +119,42 @@ class SwinBlock(nn.Module):
 
 
 class SwinGroup(nn.Module):
-    """Residual Swin transformer block: blocks, a convolution, plus the input; on N x H x W x C."""
+    """Residual Swin Transformer block: layers, a convolution, plus the input."""
 
-    def __init__(self, depth, n_feats, num_heads, window, hidden, resi_connection):
+    def __init__(self, depth: int, n_feats: int, num_heads: int, window: int, hidden: int, resi_connection: str):
         super().__init__()
         self.residual_group = nn.ModuleDict({"blocks": nn.Sequential(*[
             SwinBlock(n_feats, num_heads, window, n % 2 * (window // 2), hidden) for n in range(depth)])})
         self.conv = body_conv(n_feats, resi_connection)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the block on N x H x W x C."""
         return x + self.conv(self.residual_group["blocks"](x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SwinIR(Network):
-    """The network of every released head; a file's names say which.
+    """SwinIR with every upsampler and residual connection that was released.
 
-    upsampler: "pixelshuffle" (classical), "pixelshuffledirect" (lightweight), "nearest+conv" (real-world, scale 2 or 4), or
-    "" (denoising and JPEG, scale 1, where the network adds to its input).
-    resi_connection: "1conv", or "3conv" with a narrow middle. in_chans: 1 (gray) or 3. img_range: that the image is brought
-    to inside; 255 in the released JPEG networks, 1 in the others.
+    upsampler: "pixelshuffle" (classical SR), "pixelshuffledirect" (lightweight SR), "nearest+conv" (real-world SR, scale 2
+    or 4), or "" (denoising and JPEG artifact removal, scale 1, a global residual). resi_connection: "1conv", or "3conv", a
+    bottleneck. in_chans: 1 (gray) or 3. img_range: maximum of the images inside the network; 255 in the released JPEG
+    networks, 1 in the others. Raises ValueError for arguments that do not fit together.
 
-    What a pixel depends on is finite, some hundred pixels to each side, but lies on the grid of windows: only tiles that
-    begin on it see what the whole image sees. Hence no receptive field is stated. The authors trained with stochastic depth
-    of 0.1, which is left out.
+    A pixel depends on some hundred pixels to each side, but on which ones depends on the grid of windows: the output of a
+    tile equals that of the whole image only where the tile is aligned with the grid. Hence `receptive_field` is None. The
+    stochastic depth of 0.1 of the authors' training is left out.
     """
+
     native_range = 1
 
-    def __init__(self, scale, depths=(6, 6, 6, 6), n_feats=60, num_heads=(6, 6, 6, 6), window_size=8, mlp_ratio=2,
-                 upsampler="pixelshuffle", resi_connection="1conv", in_chans=3, img_range=1):
+    def __init__(self, scale: int, depths: Sequence[int] = (6, 6, 6, 6), n_feats: int = 60,
+                 num_heads: Sequence[int] = (6, 6, 6, 6), window_size: int = 8, mlp_ratio: float = 2,
+                 upsampler: str = "pixelshuffle", resi_connection: str = "1conv", in_chans: int = 3, img_range: float = 1):
         super().__init__()
         if len(depths) != len(num_heads):
-            raise ValueError(f"{len(depths)} depths and {len(num_heads)} num_heads: each group of blocks has one of both")
+            raise ValueError(f"{len(depths)} depths and {len(num_heads)} num_heads: each residual block needs one of both")
         if any(n_feats % heads for heads in num_heads):
-            raise ValueError(f"{n_feats} channels do not divide among {list(num_heads)} heads")
+            raise ValueError(f"{n_feats} channels are not divisible by {list(num_heads)} heads")
         if resi_connection not in ("1conv", "3conv"):
             raise ValueError(f"resi_connection {resi_connection} is neither 1conv nor 3conv")
         self.scale, self.n_feats, self.window, self.img_range = scale, n_feats, window_size, img_range
@@ -162,33 +173,35 @@ class SwinIR(Network):
         self.norm = nn.LayerNorm(n_feats)
         self.conv_after_body = body_conv(n_feats, resi_connection)
         if upsampler in ("pixelshuffle", "nearest+conv"):
-            self.conv_before_upsample = nn.Sequential(conv(n_feats, TAIL_FEATS), nn.LeakyReLU(inplace=True))
+            self.conv_before_upsample = nn.Sequential(conv(n_feats, UPSAMPLER_FEATS), nn.LeakyReLU(inplace=True))
         if upsampler == "pixelshuffle":
-            self.upsample = Upsampler(scale, TAIL_FEATS)
-            self.conv_last = ImageConv(TAIL_FEATS, in_chans)
+            self.upsample = Upsampler(scale, UPSAMPLER_FEATS)
+            self.conv_last = ImageConv(UPSAMPLER_FEATS, in_chans)
         elif upsampler == "pixelshuffledirect":
             self.upsample = nn.Sequential(ImageConv(n_feats, scale * scale * in_chans), nn.PixelShuffle(scale))
         elif upsampler == "nearest+conv" and scale in (2, 4):
-            self.conv_up1 = conv(TAIL_FEATS, TAIL_FEATS)
+            self.conv_up1 = conv(UPSAMPLER_FEATS, UPSAMPLER_FEATS)
             if scale == 4:
-                self.conv_up2 = conv(TAIL_FEATS, TAIL_FEATS)
-            self.conv_hr = conv(TAIL_FEATS, TAIL_FEATS)
-            self.conv_last = ImageConv(TAIL_FEATS, in_chans)
+                self.conv_up2 = conv(UPSAMPLER_FEATS, UPSAMPLER_FEATS)
+            self.conv_hr = conv(UPSAMPLER_FEATS, UPSAMPLER_FEATS)
+            self.conv_last = ImageConv(UPSAMPLER_FEATS, in_chans)
         elif upsampler == "" and scale == 1:
             self.conv_last = ImageConv(n_feats, in_chans)
         else:
             raise ValueError(f"there is no upsampler {upsampler or '(none)'} for scale {scale}")
 
-    def super_resolve(self, x, features):
+    def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Compute the SR image and the feature maps, as `Network.super_resolve` describes."""
         x = (x - self.mean) * self.img_range
         head = self.conv_first(x)
         tokens = self.patch_embed["norm"](head.permute(0, 2, 3, 1))
         tokens, middle = forward_features(self.layers, tokens, self.feature_layers if features else ())
         body = self.conv_after_body(self.norm(tokens).permute(0, 3, 1, 2)) + head
-        sr = self.tail(body) if self.upsampler else x + self.conv_last(body)
+        sr = self.reconstruct(body) if self.upsampler else x + self.conv_last(body)
         return sr / self.img_range + self.mean, [head, *(tokens.permute(0, 3, 1, 2) for tokens in middle), body]
 
-    def tail(self, x):
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        """Upsample N x n_feats x H x W to an image N x in_chans x sH x sW."""
         if self.upsampler == "pixelshuffledirect":
             return self.upsample(x)
         x = self.conv_before_upsample(x)
@@ -199,52 +212,59 @@ class SwinIR(Network):
         return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
 
 
-def linear(in_features, out_features):
+def linear(in_features: int, out_features: int) -> nn.Linear:
+    """Build a linear layer with the initialisation of Swin Transformer."""
     layer = nn.Linear(in_features, out_features)
     nn.init.trunc_normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def body_conv(n_feats, resi_connection):
-    """The convolution at the end of a group of blocks and of the body."""
+def body_conv(n_feats: int, resi_connection: str) -> nn.Module:
+    """Build the convolution, or the bottleneck of three, at the end of a residual block and of the body."""
     if resi_connection == "1conv":
         return conv(n_feats, n_feats)
     return nn.Sequential(conv(n_feats, n_feats // 4), nn.LeakyReLU(0.2, inplace=True), conv(n_feats // 4, n_feats // 4, 1),
                          nn.LeakyReLU(0.2, inplace=True), conv(n_feats // 4, n_feats))
 
 
-def recognise(state):
-    """(config, state) of a SwinIR as the authors released it, of any head, with or without its constants; else None."""
-    state = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in BUFFERS}
+def buffer_rules(state: State) -> Rules:
+    """Drop the constants of the released checkpoints, which are computed here."""
+    return [(f"layers.*.residual_group.blocks.*.{name}", None) for name in ("attn.relative_position_index", "attn_mask")]
+
+
+def read_config(state: State) -> dict:
+    """Read the arguments of SwinIR from names and shapes; raises ValueError for an unknown upsampler."""
     block = "residual_group.blocks.0"
-    table, hidden, first = (state.get(name) for name in (
-        f"layers.0.{block}.attn.relative_position_bias_table", f"layers.0.{block}.mlp.fc1.weight", "conv_first.weight"))
-    if table is None or hidden is None or first is None:
-        return None
-    n_feats, in_chans = first.shape[:2]
-    upsampler, scale = _head(state, in_chans)
-    if not scale:
-        return None
-    groups = range(count(state, "layers.*.residual_group.blocks.0.norm1.weight"))
-    window = (isqrt(len(table)) + 1) // 2
-    tables = [state.get(f"layers.{n}.{block}.attn.relative_position_bias_table", table) for n in groups]
-    config = dict(
-        scale=scale, depths=[count(state, f"layers.{n}.residual_group.blocks.*.norm1.weight") for n in groups],
-        n_feats=n_feats, num_heads=[table.shape[1] for table in tables], window_size=window,
-        mlp_ratio=hidden.shape[0] / n_feats, upsampler=upsampler,
+    n_feats, in_chans = state["conv_first.weight"].shape[:2]
+    table = state[f"layers.0.{block}.attn.relative_position_bias_table"]
+    tables = [state.get(f"layers.{n}.{block}.attn.relative_position_bias_table", table)
+              for n in range(count(state, f"layers.*.{block}"))]
+    window_size = (isqrt(len(table)) + 1) // 2
+    upsampler, scale = read_upsampler(state, in_chans)
+    return dict(
+        scale=scale, depths=[count(state, f"layers.{n}.residual_group.blocks.*.norm1.weight") for n in range(len(tables))],
+        n_feats=n_feats, num_heads=[table.shape[1] for table in tables], window_size=window_size,
+        mlp_ratio=state[f"layers.0.{block}.mlp.fc1.weight"].shape[0] / n_feats, upsampler=upsampler,
         resi_connection="3conv" if "conv_after_body.0.weight" in state else "1conv", in_chans=in_chans,
-        # not seen in names or shapes: of the released networks, those for JPEG have windows of 7 and work in [0, 255]
-        img_range=255 if upsampler == "" and window == 7 else 1)
-    return config, state
+        # names and shapes do not determine it: of the released networks, those for JPEG have windows of 7 and use [0, 255]
+        img_range=255 if upsampler == "" and window_size == 7 else 1)
 
 
-def _head(state, in_chans):
-    """(upsampler, scale); the scale is None or 0 where the shapes are of no head."""
+def read_upsampler(state: State, in_chans: int) -> tuple[str, int]:
+    """Read the name and the scale of the upsampler; raises ValueError for shapes of none."""
     if "conv_up1.weight" in state:
         return "nearest+conv", 4 if "conv_up2.weight" in state else 2
     if "upsample.0.weight" not in state:
-        return "", 1 if "conv_last.weight" in state else None
+        if "conv_last.weight" not in state:
+            raise ValueError("neither upsample.0.weight nor conv_last.weight")
+        return "", 1
     if "conv_before_upsample.0.weight" in state:
-        return "pixelshuffle", upsampler_scale(state, "upsample.", TAIL_FEATS)
+        return "pixelshuffle", upsampler_scale(state, "upsample", UPSAMPLER_FEATS)
     return "pixelshuffledirect", isqrt(len(state["upsample.0.weight"]) // in_chans)
+
+
+LAYOUTS = (Layout("the authors", (
+    "conv_first.weight", "patch_embed.norm.weight", "layers.0.residual_group.blocks.0.attn.relative_position_bias_table",
+    "layers.0.residual_group.blocks.0.attn.qkv.weight", "layers.0.residual_group.blocks.0.mlp.fc1.weight", "norm.weight"),
+    read_config, buffer_rules),)

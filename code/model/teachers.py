@@ -1,5 +1,6 @@
 """Finding the checkpoint of a teacher by its name."""
 import os
+from pathlib import Path
 
 from option import ROOT
 from released import TEACHERS, files_of
@@ -9,15 +10,20 @@ from model.loading import CheckpointError
 FOLDER = ROOT / "teacher_checkpoint"
 
 
-def teacher_path(name, scale, flag="--teacher"):
-    """Path of a teacher that is said by its name or as a checkpoint file; raises CheckpointError, which names the flag."""
+def teacher_path(name: str, scale: int, flag: str = "--teacher") -> str | Path:
+    """Return the checkpoint file of a teacher, given the file itself or the name of a released network.
+
+    Raises CheckpointError, which mentions the flag, where the name is unknown or its checkpoint is not there.
+    """
     is_file = os.path.exists(name) or os.sep in name or "." in name
     return name if is_file else find_teacher(name, scale, flag)
 
 
-def find_teacher(name, scale, flag="--teacher"):
-    """Path of the released checkpoint of that name and scale in teacher_checkpoint/, or else of a small one trained here;
-    raises CheckpointError with the paths looked at."""
+def find_teacher(name: str, scale: int, flag: str = "--teacher") -> Path:
+    """Find a released checkpoint in teacher_checkpoint/ by name and scale, or else a small teacher of this project.
+
+    Raises CheckpointError, which lists the file names that were searched for.
+    """
     names = dict.fromkeys(release.name for release in TEACHERS)
     if name not in names:
         raise CheckpointError(f"{flag} {name}: neither a file nor one of {', '.join(names)}")
@@ -34,5 +40,5 @@ def find_teacher(name, scale, flag="--teacher"):
                               + (f", and {FOLDER} holds no {' or '.join(patterns)}" if patterns else "")
                               + f"; name a checkpoint file with {flag} FILE")
     raise CheckpointError(f"no {name} teacher for scale {scale}: looked in {FOLDER} for {', '.join(patterns)}; bash "
-                          f"scripts/download_teacher.sh {released.title} fetches it or says where it is, or name a "
+                          f"scripts/download_teacher.sh {released.title} downloads it or prints where to find it, or name a "
                           f"checkpoint file with {flag} FILE")
