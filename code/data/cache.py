@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from math import prod
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,7 +121,7 @@ class Store:
             sizes = {path.name: path.stat().st_size for path in self._packs()}
             entries = {}
             for name, (pack, offset, shape, digest, status) in json.loads(content).items():
-                entry = Entry(pack, offset, tuple(shape), digest, tuple(status))
+                entry = Entry(pack, index(offset), tuple(map(index, shape)), digest, tuple(status))
                 if offset >= 0 and min(shape) > 0 and offset + self._size(entry) <= sizes.get(pack, 0):
                     entries[name] = entry
             return entries
