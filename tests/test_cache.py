@@ -271,6 +271,10 @@ def test_a_full_disk_is_named_and_the_build_goes_on_later(folder, sources):
 def test_the_reason_is_that_of_the_system(folder, sources, monkeypatch):
     monkeypatch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
     assert "cannot write the cache (No space left on device)" in message(read, folder, sources)
+    store = Cache(folder)
+    with pytest.raises(KeyboardInterrupt), store.building("HR"):  # whatever ended a build is what is reported
+        store.get(sources[0], "HR", Decoder())
+        raise KeyboardInterrupt
     monkeypatch.undo()
     assert read(folder, sources) == 6
 

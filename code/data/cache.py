@@ -215,11 +215,13 @@ class Store:
 
     def _finish(self, complete):
         try:
-            if self.changed:
+            if self.changed and complete:
                 self._publish()
                 self._remove_unlisted()
-                if complete:
-                    self._compact()
+                self._compact()
+            elif self.changed:
+                with suppress(UserError):  # the error that ended the build is the one to report
+                    self._publish()
         finally:
             if self.file:
                 self.file.close()
