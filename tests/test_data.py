@@ -1,5 +1,8 @@
-"""Datasets, image files, the cache, bicubic resizing, crops."""
+"""Datasets, image files, bicubic resizing, crops."""
+import errno
+import gc
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -12,7 +15,6 @@ import option
 import pytest
 import torch
 from data import dataset, degrade
-from data.cache import Cache, cache_folder
 from data.image import list_images, read_image, read_photo
 from data.source import find
 from PIL import Image
@@ -116,118 +118,6 @@ def test_downscale_refuses_an_image_smaller_than_the_scale():
         degrade.downscale(noise(3, 9, 3), 4)
 
 
-# ---- cache
-
-class Decoder:
-    """Counts how often it is called."""
-    calls = 0
-
-    def __call__(self, source):
-        self.calls += 1
-        return np.frombuffer(source.read_bytes(), np.uint8)
-
-
-@pytest.fixture
-def entry(tmp_path):
-    """A source file, its cache and its decoder."""
-    source = tmp_path / "source.png"
-    source.write_bytes(b"pixels")
-    return source, Cache(tmp_path / "cache"), Decoder()
-
-
-def test_cache_decodes_a_source_once(entry):
-    source, cache, decode = entry
-    first, second = (cache.get(source, "HR", decode) for _ in range(2))
-    assert decode.calls == 1
-    assert bytes(first) == bytes(second) == b"pixels"
-    assert isinstance(second, np.memmap)
-
-
-@pytest.mark.parametrize("change", ["size", "time"])
-def test_cache_replaces_the_entry_of_a_changed_source(entry, change):
-    source, cache, decode = entry
-    cache.get(source, "HR", decode)
-    before = source.stat()
-    source.write_bytes(b"more pixels" if change == "size" else b"others")
-    os.utime(source, ns=(0, before.st_mtime_ns + (change == "time")))
-    assert bytes(cache.get(source, "HR", decode)) == source.read_bytes()
-    assert [file.name for file in (cache.folder / "HR").iterdir()] == [cache.entry(source, "HR").name]
-
-
-@pytest.mark.parametrize("left", [0, 5, 100, -1])
-def test_cache_makes_a_half_written_entry_again(entry, left):
-    source, cache, decode = entry
-    cache.get(source, "HR", decode)
-    file = cache.entry(source, "HR")
-    file.write_bytes(file.read_bytes()[:left])
-    assert bytes(cache.get(source, "HR", decode)) == b"pixels"
-    assert np.load(file).tobytes() == b"pixels"
-
-
-def test_cache_keeps_the_entries_of_names_that_glob_would_confuse(tmp_path):
-    cache, decode = Cache(tmp_path / "cache"), Decoder()
-    sources = [tmp_path / name for name in ("a1.png", "a[1].png", "a?.png")]
-    for source in sources:
-        source.write_bytes(source.name.encode())
-    for _ in range(2):
-        assert [bytes(cache.get(source, "HR", decode)) for source in sources] == [s.name.encode() for s in sources]
-    assert decode.calls == 3
-    sources[1].write_bytes(b"changed")
-    cache.get(sources[1], "HR", decode)
-    assert len(list((tmp_path / "cache" / "HR").iterdir())) == 3
-
-
-def test_cache_that_cannot_be_written_is_explained(entry):
-    source, cache, decode = entry
-    cache.folder.write_text("a file where the folder should be")
-    assert "--dir_cache" in message(cache.get, source, "HR", decode)
-
-
-def test_an_interrupted_cache_leaves_no_part(entry, monkeypatch):
-    def stopped(file, array):
-        file.write(b"half")
-        raise KeyboardInterrupt
-    source, cache, decode = entry
-    monkeypatch.setattr(np, "save", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        cache.get(source, "HR", decode)
-    assert not list((cache.folder / "HR").iterdir())
-
-
-def test_cache_lies_beside_the_data(tmp_path):
-    assert cache_folder(tmp_path, "", tmp_path / "fallback") == tmp_path / "bin"
-
-
-@pytest.mark.parametrize("given", ["", "mine"])
-def test_cache_of_read_only_data_lies_elsewhere(tmp_path, given):
-    folders = [tmp_path / parent / "Set5" for parent in "ab"]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        folder.chmod(0o555)
-    given = given and str(tmp_path / given)
-    found = [cache_folder(folder, given, tmp_path / "fallback") for folder in folders]
-    assert all(folder.parent == tmp_path / ("mine" if given else "fallback") for folder in found)
-    assert found[0] != found[1]
-
-
-def test_read_only_data_are_read_through_the_fallback(tmp_path, args, monkeypatch):
-    make_dataset(tmp_path / "A")
-    (tmp_path / "A").chmod(0o555)
-    monkeypatch.setattr(dataset, "default_cache", lambda: tmp_path / "fallback")
-    dataset.Images("A", args("--dir_cache", ""), train=True).prepare()
-    assert [path.name for path in (tmp_path / "A").iterdir()] == ["HR"]
-    assert len(list((tmp_path / "fallback").rglob("*.npy"))) == 6
-
-
-@pytest.mark.parametrize("ext, entries", [("sep", ["HR", "LR_made_X2"]), ("img", [])])
-def test_ext_img_does_without_a_cache(tmp_path, args, ext, entries):
-    make_dataset(tmp_path / "A")
-    images = dataset.Images("A", args("--ext", ext), train=True)
-    images.prepare()
-    assert np.array_equal(images.lr(1), degrade.downscale(noise(24, 30, 3, seed=1), 2))
-    assert sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.name[0] in "HL") == entries
-
-
 # ---- image files
 
 def test_grey_becomes_three_channels(tmp_path):
@@ -315,11 +205,72 @@ def test_preview_in_a_photo_is_no_second_image(tmp_path):
     assert np.array_equal(read_photo(path), photo)
 
 
-@pytest.mark.parametrize("content", ["half", "nothing", "text"])
-def test_unreadable_image_is_named(tmp_path, content):
-    path = save(tmp_path / "broken.png", noise(40, 40, 3))
-    path.write_bytes({"half": path.read_bytes()[:2000], "nothing": b"", "text": b"hello"}[content])
-    assert str(path) in message(read_image, path)
+def damaged(path, how):
+    """Replace the PNG file by one that cannot be read."""
+    content = path.read_bytes()
+    header = content[12:16] + struct.pack(">II", 50_000, 50_000) + content[24:29]
+    bomb = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+    path.write_bytes({"half": content[:2000], "start": content[:20], "header": content[:8] + bytes(40), "empty": b"",
+                      "text": b"hello", "bomb": bomb}[how])
+    return path
+
+
+@pytest.mark.parametrize("how, reason", [
+    ("half", "truncated"), ("start", "Truncated"), ("header", "its PNG header is damaged or cut off"), ("empty", "empty"),
+    ("text", "none of PNG, JPEG"), ("bomb", "more than 178,956,970 pixels"),
+])
+def test_unreadable_image_is_named_with_the_reason_and_nothing_else_is_printed(tmp_path, how, reason, monkeypatch):
+    path = damaged(save(tmp_path / "broken.png", noise(40, 40, 3)), how)
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)  # "Exception ignored in ..."
+    text = message(read_image, path)
+    gc.collect()
+    assert text.startswith(f"{path}: unreadable image (") and reason in text and not ignored
+
+
+@pytest.mark.parametrize("problem", [PermissionError(errno.EACCES, "Permission denied"),
+                                     OSError(errno.EIO, "Input/output error")])
+def test_an_image_that_may_not_be_read_is_named_with_the_reason(tmp_path, problem, monkeypatch):
+    path = save(tmp_path / "secret.png", noise(8, 8, 3))
+    monkeypatch.setattr("builtins.open", raising(problem))
+    assert message(read_image, path) == f"{path}: unreadable image ({problem.strerror}); repair or remove it"
+
+
+def raising(problem):
+    def call(*_, **__):
+        raise problem
+    return call
+
+
+@pytest.mark.parametrize("kind", ["GIF", "ICO", "PCX", "EPS", "TGA", "SGI", "ICNS"])
+def test_formats_that_no_suffix_names_are_not_decoded(tmp_path, kind, monkeypatch):
+    run = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *command, **_: run.append(command))  # Ghostscript reads EPS
+    path = save(tmp_path / "image.png", noise(32, 32, 3), format=kind)
+    assert "none of PNG, JPEG" in message(read_image, path) and not run
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"])
+def test_a_named_format_is_read_under_any_suffix(tmp_path, kind):
+    image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
+    assert np.abs(read_photo(save(tmp_path / "image.png", image, format=kind)).astype(int) - image).max() <= 4
+
+
+def test_palette_image_is_turned_like_a_photo(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 2
+    image = Image.fromarray(noise(8, 9, 3)).quantize(4)
+    image.save(tmp_path / "palette.png", exif=exif)
+    assert np.array_equal(read_photo(tmp_path / "palette.png"), np.array(image.convert("RGB"))[:, ::-1])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_tiff_image_with_an_orientation_is_upright(tmp_path, mode):
+    exif = Image.Exif()
+    exif[274] = 6
+    image = Image.fromarray(noise(8, 9, 3)).convert(mode)
+    image.save(tmp_path / "turned.tif", exif=exif)
+    assert np.array_equal(read_photo(tmp_path / "turned.tif"), np.rot90(np.array(image.convert("RGB")), -1))
 
 
 # ---- datasets
@@ -421,7 +372,84 @@ def test_a_folder_is_no_image_and_a_link_to_nothing_is_named(tmp_path, args):
     (tmp_path / "A" / "HR" / "z.png").mkdir()
     assert len(find("A", args(), True).pairs) == 3
     (tmp_path / "A" / "HR" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    assert "gone.png" in message(dataset.Images("A", args(), train=True).prepare)
+    assert "gone.png: cannot be read (No such file or directory)" in message(find, "A", args(), True)
+
+
+@pytest.mark.parametrize("name", ["A", "Demo"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, args, name):
+    folder = tmp_path / ("demo" if name == "Demo" else "A/HR")
+    save(folder / "0.png", noise(24, 24, 3))
+    os.mkfifo(folder / "x.png")
+    assert "x.png: no regular file" in message(find, name, args(), False)
+
+
+@pytest.mark.parametrize("name", ["A", "Demo", "DIV2K"])
+def test_images_in_sub_folders_only_are_refused(tmp_path, args, name):
+    folder = tmp_path / {"A": "A/HR", "Demo": "demo", "DIV2K": "DIV2K/DIV2K_train_HR"}[name]
+    save(folder / "part1" / "0001.png", noise(24, 24, 3))
+    (folder / "0").mkdir()
+    text = message(find, name, args(), name != "Demo")
+    assert text.startswith(f"{folder}: ") and "sub-folder part1" in text
+
+
+def test_images_in_sub_folders_beside_others_are_not_read_and_that_is_logged(tmp_path, args, monkeypatch):
+    make_dataset(tmp_path / "A")
+    save(tmp_path / "A" / "HR" / "more" / "9.png", noise(24, 24, 3))
+    lines = []
+    monkeypatch.setattr(data.image.log, "info", lambda text, *values: lines.append(text % values))
+    assert [pair.name for pair in find("A", args(), True).pairs] == ["0", "1", "2"]
+    assert len(lines) == 1 and "sub-folders are not read" in lines[0] and "more" in lines[0]
+
+
+@pytest.mark.parametrize("where, method", [("HR", "stat"), ("HR", "iterdir"), ("LR_bicubic", "stat"),
+                                           ("LR_bicubic/X2", "stat"), ("LR_bicubic/X2", "iterdir")])
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, args, where, method, monkeypatch):
+    make_dataset(tmp_path / "A", lr=True)
+    denied, real = tmp_path / "A" / where, getattr(type(tmp_path), method)
+
+    def call(self, **options):  # not chmod, which root ignores
+        if self == denied or (method == "stat" and denied in self.parents):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, **options)
+    monkeypatch.setattr(type(tmp_path), method, call)
+    text = message(find, "A", args(), True)
+    assert text.startswith(str(denied)) and text.endswith(": cannot be read (Permission denied)")
+
+
+def test_names_that_are_not_utf8(tmp_path, args):
+    name = os.fsdecode(b"caf\xe9.png")
+    save(tmp_path / "A" / "HR" / "0.png", noise(24, 30, 3)).rename(tmp_path / "A" / "HR" / name)
+    for _ in range(2):  # made, and read from the cache
+        images = dataset.Images("A", args(), train=False)
+        images.prepare()
+        assert np.array_equal(images.hr(0), noise(24, 30, 3))
+    with evaluation.Writer(tmp_path / "out", save_gt=False) as writer:
+        evaluation.score(evaluation.by_bicubic(2), images, writer)
+    assert len(list((tmp_path / "out" / "results-A").iterdir())) == 1
+
+
+@pytest.mark.parametrize("lr", [False, True])
+@pytest.mark.parametrize("ext", ["sep", "img"])
+def test_an_image_replaced_during_the_run(tmp_path, args, ext, lr):
+    make_dataset(tmp_path / "A", number=1, lr=lr)
+    crops = dataset.Crops(args("--data_train", "A", "--ext", ext))
+    first = crops[0]
+    save(tmp_path / "A" / "HR" / "0.png", noise(20, 22, 3))
+    if ext == "sep":  # the run goes on with the data that it started with
+        assert same(crops[0], first)
+    else:
+        text = message(crops.__getitem__, 0)
+        assert "0.png: replaced during the run" in text and "\n" not in text
+    if lr:
+        save(tmp_path / "A" / "LR_bicubic" / "X2" / "0x2.png", noise(10, 11, 3))
+        assert same(crops[0], first) if ext == "sep" else "0x2.png: replaced during" in message(crops.__getitem__, 0)
+
+
+@pytest.mark.parametrize("terminal, seconds", [(True, 1), (False, 10)])
+def test_bars_are_rarely_redrawn_where_stderr_is_no_terminal(terminal, seconds, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    interval = dataset.progress([], "reading").mininterval
+    assert interval < seconds if terminal else interval > seconds
 
 
 def test_an_image_too_small_to_score_is_found_at_the_start(tmp_path, args):
@@ -435,20 +463,14 @@ def test_the_smallest_crop_can_be_turned():
 
 
 @pytest.mark.parametrize("ext, opened", [("sep", 3), ("img", 0)])
-def test_files_of_the_cache_stay_open_and_decoded_images_do_not_stay(tmp_path, args, monkeypatch, ext, opened):
+def test_arrays_of_the_cache_stay_open_and_decoded_images_do_not_stay(tmp_path, args, ext, opened):
     make_dataset(tmp_path / "A", number=3)
     crops = dataset.Crops(args("--data_train", "A", "--ext", ext))
     first = [crops[number] for number in range(9)]
     assert len(crops.opened) == opened
-    if opened:
-        monkeypatch.setattr(np, "load", None)
-    again = [crops[number] for number in range(9)]
-    assert all(torch.equal(a, b) for pair in zip(first, again) for a, b in zip(*pair))
-    monkeypatch.undo()
-    monkeypatch.setattr(dataset, "OPEN", 2)
-    crops.opened.clear()
-    assert all(torch.equal(a, b) for number, pair in enumerate(first) for a, b in zip(pair, crops[number]))
-    assert len(crops.opened) <= 2
+    copy = pickle.loads(pickle.dumps(crops))  # what a worker gets that is spawned
+    assert all(same(pair, copy[number]) for number, pair in enumerate(first))
+    assert len(pickle.dumps(crops)) < 10_000 and all(same(pair, crops[number]) for number, pair in enumerate(first))
 
 
 def test_an_error_in_a_worker_is_one_line(tmp_path, args):

@@ -1,4 +1,6 @@
-"""A teacher asked once: what is kept, what the crops give, that it is not run in the loop, what a broken build leaves."""
+"""Cached teacher outputs: what is kept, what the crops contain, that no teacher runs in the loop, interrupted builds."""
+import os
+import pickle
 import shutil
 
 import data
@@ -8,6 +10,7 @@ import pytest
 import torch
 from checkpoint import save_model
 from data import Crops, teacher_cache
+from data.cache import Store
 from data.dataset import orient
 from data.teacher_cache import decode, encode
 from inference import chop
@@ -41,8 +44,9 @@ def calls(monkeypatch):
     return seen
 
 
-def answers(root):
-    return sorted((root / "tiny" / "bin").glob("SR_*/*.npy"))
+def outputs(root):
+    """The number of cached teacher outputs."""
+    return sum(len(Store(index.parent, index.stem).entries) for index in (root / "tiny" / "bin").glob("SR_*.index"))
 
 
 def test_fixed_point_rounds_by_a_256th_of_a_grey_level_and_keeps_what_lies_beyond_the_range():
@@ -55,7 +59,7 @@ def test_fixed_point_rounds_by_a_256th_of_a_grey_level_and_keeps_what_lies_beyon
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("rgb_range", [255, 1])
-def test_crops_give_the_teachers_answer_to_the_whole_image_cut_and_turned_like_HR(root, teacher, workers, rgb_range):  # noqa: F811
+def test_crops_contain_the_teacher_output_of_the_whole_image_cropped_and_flipped_like_HR(root, teacher, workers, rgb_range):  # noqa: F811
     line = (f"{TINY} --dir_data {root} --data_train tiny --batch_size 4 --n_threads {workers} --teacher {teacher} "
             f"--rgb_range {rgb_range}")
     args = option.parse(line.split())
@@ -64,9 +68,9 @@ def test_crops_give_the_teachers_answer_to_the_whole_image_cut_and_turned_like_H
     for net in nets:
         net.rgb_range = rgb_range
     crops = Crops(args)
-    teacher_cache.ask_teachers(crops, nets, [teacher, teacher.with_name("other.pt")], torch.device("cpu"), args)
+    teacher_cache.cache_outputs(crops, nets, [teacher, teacher.with_name("other.pt")], torch.device("cpu"), args)
     images = crops.sets[0]
-    wholes = [[decode(torch.from_numpy(np.array(images.answer(index, kind, None)))) for kind in crops.answers]
+    wholes = [[decode(torch.from_numpy(np.array(images.teacher_output(index, kind, None)))) for kind in crops.teacher_kinds]
               for index in range(4)]
     for index in range(4):
         x = torch.tensor(np.array(images.lr(index))).permute(2, 0, 1)[None] * (rgb_range / 255)
@@ -94,8 +98,8 @@ def all_crops(image, size):
 
 def test_no_teacher_runs_in_the_loop(run_main, flags, teacher, calls, root):  # noqa: F811
     status, out, _ = run_main("train", flags + f"--teacher {teacher} --loss 1*DS+1*TS --cache_teacher")
-    assert status == 0 and calls == [(1, 28, 32)] * 4 and len(answers(root)) == 4
-    assert any("it does not run any more" in line for line in out)
+    assert status == 0 and calls == [(1, 28, 32)] * 4 and outputs(root) == 4
+    assert any("the teacher is not run during training" in line for line in out)
     calls.clear()
     status, _, _ = run_main("train", flags + f"--teacher {teacher} --loss 1*DS+1*TS --cache_teacher --reset")
     assert status == 0 and calls == []
@@ -103,7 +107,7 @@ def test_no_teacher_runs_in_the_loop(run_main, flags, teacher, calls, root):  # 
 
 def test_its_loss_is_about_that_of_a_teacher_in_the_loop(run_main, flags, teacher, tmp_path):  # noqa: F811
     losses = []
-    for name, more in (("asked", "--cache_teacher"), ("running", "")):
+    for name, more in (("cached", "--cache_teacher"), ("running", "")):
         line = flags + f"--teacher {teacher} --loss 1*TS --lr 1e-30 --patch_size 48 {more} --ckp_dir {tmp_path / name}"
         assert run_main("train", line)[0] == 0
         losses.append(float(rows(tmp_path / name / "loss.csv")[0]["TS"]))
@@ -111,10 +115,10 @@ def test_its_loss_is_about_that_of_a_teacher_in_the_loop(run_main, flags, teache
 
 
 @pytest.mark.parametrize("more, expected, words", [
-    ("--loss 1*DS+1*TS+1*LC", [(4, 12, 12)], "it still runs for LC (plain)"),
-    ("--loss 1*DS+1*TS --upcycle zoom_in", [(4, 12, 12)], "it still runs for TS (zoom_in)"),
+    ("--loss 1*DS+1*TS+1*LC", [(4, 12, 12)], "the teacher still runs for LC (plain)"),
+    ("--loss 1*DS+1*TS --upcycle zoom_in", [(4, 12, 12)], "the teacher still runs for TS (zoom_in)"),
     ("--loss 1*DS+1*TS --upcycle zoom_in+zoom_out --n_zoom_in 2", [(8, 12, 12), (4, 6, 6)],
-     "it still runs for TS (zoom_in), TS (zoom_out)"),
+     "the teacher still runs for TS (zoom_in), TS (zoom_out)"),
 ])
 def test_what_needs_more_runs_the_teacher_and_is_named(run_main, flags, teacher, calls, more, expected, words):  # noqa: F811
     status, out, _ = run_main("train", flags + f"--teacher {teacher} {more} --cache_teacher")
@@ -124,7 +128,7 @@ def test_what_needs_more_runs_the_teacher_and_is_named(run_main, flags, teacher,
 
 def test_where_it_spares_nothing_nothing_is_built(run_main, flags, teacher, calls, root):  # noqa: F811
     status, out, _ = run_main("train", flags + f"--teacher {teacher} --loss 1*DS+1*TS+1*SA --cache_teacher")
-    assert status == 0 and calls == [(4, 12, 12)] * 3 and not answers(root)
+    assert status == 0 and calls == [(4, 12, 12)] * 3 and not outputs(root)
     assert any("spares nothing here: the teacher runs on every batch for SA (plain)" in line for line in out)
 
 
@@ -138,45 +142,46 @@ def test_an_interrupted_build_goes_on_where_it_was(run_main, flags, teacher, cal
         return made(sr)
     monkeypatch.setattr(teacher_cache, "encode", interrupted)
     assert run_main("train", line)[0] == 130
-    assert len(answers(root)) == 2 and not list(root.rglob("*.part"))
-    answers(root)[0].write_bytes(answers(root)[0].read_bytes()[:1000])  # what a full disk leaves
+    assert outputs(root) == 2 and not list(root.rglob("*.part"))
+    pack, = (root / "tiny" / "bin").glob("SR_*.pack")
+    os.truncate(pack, pack.stat().st_size - 1000)
     monkeypatch.setattr(teacher_cache, "encode", made)
     calls.clear()
-    assert run_main("train", line)[0] == 0 and len(calls) == 3 and len(answers(root)) == 4
+    assert run_main("train", line)[0] == 0 and len(calls) == 3 and outputs(root) == 4
 
 
-def test_another_teacher_another_precision_or_another_image_is_asked_anew(run_main, flags, teacher, calls, root):  # noqa: F811
+def test_another_teacher_another_precision_or_another_image_is_computed_anew(run_main, flags, teacher, calls, root):  # noqa: F811
     line = flags + "--loss 1*TS --cache_teacher --reset "
     run_main("train", line + f"--teacher {teacher}")
     teacher.rename(teacher.with_name("renamed.pt"))
     calls.clear()
     assert run_main("train", line + f"--teacher {teacher.with_name('renamed.pt')}")[0] == 0 and not calls
     assert run_main("train", line + f"--teacher {teacher.with_name('renamed.pt')} --precision bf16")[0] == 0
-    assert len(calls) == 4 and len(answers(root)) == 8
+    assert len(calls) == 4 and outputs(root) == 8
     torch.manual_seed(3)
     save_model(EDSR(2, n_resblocks=3, n_feats=12), teacher)
     assert run_main("train", line + f"--teacher {teacher}")[0] == 0 and len(calls) == 8
     image = root / "tiny" / "HR" / "0.png"
     shutil.copy(root / "tiny" / "HR" / "1.png", image)
     image.touch()
-    assert run_main("train", line + f"--teacher {teacher}")[0] == 0 and len(calls) == 9 and len(answers(root)) == 12
+    assert run_main("train", line + f"--teacher {teacher}")[0] == 0 and len(calls) == 9 and outputs(root) == 12
 
 
 @pytest.mark.parametrize("more, words", [
-    ("--loss 1*DS", "no term of 1*DS asks a teacher"),
+    ("--loss 1*DS", "no term of 1*DS uses a teacher"),
     ("--loss 1*TS --ext img", "--ext img keeps none"),
     ("--loss 1*DS+1*T_DS --width_mult 0.5", "trained along"),
 ])
-def test_where_there_is_no_teacher_to_ask_once(run_main, flags, teacher, more, words, capsys):  # noqa: F811
+def test_where_no_output_can_be_cached(run_main, flags, teacher, more, words, capsys):  # noqa: F811
     status, _, err = run_main("train", flags + f"--teacher {teacher} --cache_teacher {more}")
     assert status == 2 and err[-1].startswith("error: ") and words in err[-1]
 
 
-def test_an_answer_that_was_removed_is_missed(root, teacher):  # noqa: F811
+def test_an_output_that_was_removed_is_missed(root, teacher):  # noqa: F811
     args = option.parse(f"{TINY} --dir_data {root} --data_train tiny --teacher {teacher}".split())
     crops = Crops(args)
-    teacher_cache.ask_teachers(crops, [load_model(teacher)], [teacher], torch.device("cpu"), args)
-    for file in answers(root):
-        file.unlink()
+    teacher_cache.cache_outputs(crops, [load_model(teacher)], [teacher], torch.device("cpu"), args)
+    crops = pickle.loads(pickle.dumps(crops))  # what a worker gets that is spawned: it has not opened the files yet
+    shutil.rmtree(root / "tiny" / "bin")
     with pytest.raises(data.dataset.UserError, match="--resume 1"):
         crops[0]

@@ -10,24 +10,24 @@ from torch.utils.data import DataLoader
 from data.dataset import Batches, Crops, Images
 
 __all__ = ["Crops", "Images", "make_batches", "make_benchmarks"]
-GRACE = 60  # seconds that a worker which was told to end still serves: the loop finishes its step and saves
+GRACE = 60  # seconds that a worker goes on after SIGTERM, in which the main process finishes its step and saves
 
 
 def make_batches(args, crops, start, stop, pin_memory=False):
-    """Loader of batches start..stop-1 of the run, of this process's part of each: uint8 tensors N x 3 x p x p and N x 3 x sp
-    x sp, and the int16 N x 3k x sp x sp of k teachers that were asked once.
+    """Return a loader of batches start..stop-1 of the run, of this process's shard of each.
 
-    One loader serves the whole run: its workers start once and fetch ahead while the epochs are tested.
+    A batch consists of uint8 tensors N x 3 x p x p (LR) and N x 3 x sp x sp (HR), and int16 N x 3k x sp x sp with the cached
+    outputs of k teachers. One loader serves the whole run: its workers start once and prefetch while the epochs are tested.
     """
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # two on one core still fetch ahead of the training
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # two on one core still prefetch
     batches = Batches(start, stop, args.batch_size, distributed.rank(), distributed.world_size())
     return DataLoader(crops, batch_sampler=batches, num_workers=args.n_threads, pin_memory=pin_memory,
                       worker_init_fn=_start_worker,
-                      generator=torch.Generator().manual_seed(args.seed))  # its own: the global one belongs to the loss
+                      generator=torch.Generator().manual_seed(args.seed))  # the global generator is used by the loss
 
 
 def make_benchmarks(args):
-    """The test sets, an `Images` each, decoded and checked."""
+    """Return the test sets, an `Images` each, decoded and checked."""
     benchmarks = [Images(name, args, train=False) for name in args.data_test]
     for images in benchmarks:
         images.prepare()
@@ -35,8 +35,8 @@ def make_benchmarks(args):
 
 
 def _start_worker(worker):
-    """Ctrl-C or a job manager's SIGTERM reaches every process: only the main one answers, and then ends the workers."""
+    """Leave Ctrl-C and a job manager's SIGTERM, which reach every process, to the main process, which ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # not ignored for good: a process that ends without closing its loader waits for workers that it told to end
+    # not ignored for good: a process that ends without closing its loader sends SIGTERM to its workers and waits
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE) if hasattr(signal, "alarm") else sys.exit(1))
     torch.set_num_threads(1)

@@ -1,74 +1,310 @@
-"""Decoded images on disk: each source file once, as an .npy that is memory-mapped, so that a crop reads its own bytes.
+"""Decoded images on disk, so that a crop reads only its own bytes: one memory-mapped file for all arrays of a kind.
 
-The name of an entry holds the size and time of its source: a changed source has no entry, and the outdated one is removed.
+A kind is HR, LR_X2, LR_made_X2 (uint8) or SR_X2_... (int16, teacher outputs). KIND.index maps the name of each source file
+to the place of its array in a file KIND.<random>.pack. These rules make it safe to kill any process at any time, and to
+start several at once:
+
+- The index is replaced atomically, every few seconds while arrays are added. A killed build loses what it made since.
+- A process appends only to a pack that it has created. No byte that an index has listed is ever overwritten or truncated,
+  since another process may have it mapped. What no index lists any more is removed as a whole file.
+- One process at a time adds to a kind; another one that misses an array waits for it and then finds the array.
 """
 import hashlib
+import json
+import logging
+import mmap
 import os
+import secrets
 import stat
-from contextlib import suppress
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from math import prod
+from operator import index
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from system.errors import UserError
+from system.errors import UserError, reason_of
+from system.files import atomic_write, lock, remove_stale_parts
+
+log = logging.getLogger("sr")
+PUBLISH_EVERY = 5  # seconds
+ALIGNMENT = 64  # bytes
+MAX_PACKS = 4  # of a kind: each costs a process a file descriptor
+
+
+class Entry(NamedTuple):
+    """Where the array of a source is, and which content of the source it was made from."""
+    pack: str
+    offset: int
+    shape: tuple
+    digest: str
+    status: tuple
 
 
 class Cache:
-    """Entries under `folder`, or read anew each time where folder is None."""
+    """The arrays made from the files of a dataset: kept under `folder`, or made anew each time where that is None."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path | None):
         self.folder = folder
+        self.stores = {}
+        self.status = {}  # of each source when it was first used: a run goes on with the data that it started with
 
-    def get(self, source, kind, decode):
-        """decode(source) -> array, kept as `kind`/name; returns it, memory-mapped where there is a cache."""
+    def get(self, source: Path, kind: str, make: Callable[[Path], np.ndarray]) -> np.ndarray:
+        """Return `make(source)`, memory-mapped and read-only if it was cached; raises UserError."""
         if self.folder is None:
-            return decode(source)
-        entry = self.entry(source, kind)
+            return make(source)
+        status = self.status.get(source)
+        if status is None:
+            status = self.status[source] = status_of(source)
+        return self._store(kind).get(source, status, make)
+
+    def building(self, kind: str):
+        """Return a context in which arrays that are missing are added as one build, with one lock."""
+        return nullcontext() if self.folder is None else self._store(kind).building()
+
+    def _store(self, kind):
+        store = self.stores.get(kind)
+        if store is None:
+            store = self.stores[kind] = Store(self.folder, kind)
+        return store
+
+
+class Store:
+    """The arrays of one kind."""
+
+    def __init__(self, folder: Path, kind: str):
+        self.folder, self.kind, self.index = folder, kind, folder / f"{kind}.index"
+        self.dtype = np.dtype(np.int16 if kind.startswith("SR_") else np.uint8)
+        self.maps = {}
+        self.depth, self.lock, self.file, self.end = 0, None, None, 0
+        self.changed, self.published = False, 0.0
+        self.entries = self._load()
+
+    def __getstate__(self):
+        return {**self.__dict__, "maps": {}}  # a worker that is spawned maps the files itself
+
+    def get(self, source: Path, status: tuple, make: Callable[[Path], np.ndarray]) -> np.ndarray:
+        """Return the array of the source, whose status was `status` when this process first used it."""
+        array = self._find(source, status)
+        if array is None:
+            with self.building():
+                self._begin()
+                array = self._find(source, status)
+                if array is None:
+                    array = self._add(source, status, make)
+        return array
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Keep the lock, once a missing array has required it, until the body ends."""
+        self.depth += 1
+        complete = False
         try:
-            return np.load(entry, mmap_mode="r")
-        except (OSError, ValueError, EOFError):  # not there yet, or not whole: made by a run that a full disk ended
-            pass
-        array = decode(source)
-        part = entry.with_name(f".{entry.name}.{os.getpid()}.part")
-        try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            for outdated in entry.parent.glob(f"{_literal(source.name)}.*-*.npy"):
-                outdated.unlink(missing_ok=True)
-            with part.open("wb") as file:
-                np.save(file, array)
-            os.replace(part, entry)
-        except OSError as error:
-            raise UserError(f"{entry}: cannot write the cache ({error.strerror or error}); give another --dir_cache, or "
-                            "--ext img to do without") from None
+            yield
+            complete = True
         finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-        return np.load(entry, mmap_mode="r")
+            self.depth -= 1
+            if self.lock and not self.depth:
+                self._finish(complete)
 
-    def entry(self, source, kind):
+    # ---- reading
+
+    def _load(self):
+        """Return the entries that fit their packs; none if the index is missing or damaged."""
         try:
-            status = source.stat()
-        except OSError as error:  # a link that leads nowhere
-            raise UserError(f"{source}: cannot be read ({error.strerror}); repair or remove it") from None
-        return self.folder / kind / f"{source.name}.{status.st_size}-{status.st_mtime_ns}.npy"
+            checksum, _, content = self.index.read_bytes().partition(b"\n")
+            if int(checksum, 16) != zlib.crc32(content):
+                return {}
+            sizes = {path.name: path.stat().st_size for path in self._packs()}
+            entries = {}
+            for name, (pack, offset, shape, digest, status) in json.loads(content).items():
+                entry = Entry(pack, index(offset), tuple(map(index, shape)), digest, tuple(status))
+                if offset >= 0 and min(shape) > 0 and offset + self._size(entry) <= sizes.get(pack, 0):
+                    entries[name] = entry
+            return entries
+        except Exception:  # whatever is wrong with it, the arrays are made again
+            return {}
+
+    def _find(self, source, status):
+        entry = self.entries.get(source.name)
+        return self._view(entry) if entry and entry.status == status else None
+
+    def _view(self, entry):
+        """Return the array in its memory-mapped pack, None if the pack was removed."""
+        end = entry.offset + self._size(entry)
+        buffer = self.maps.get(entry.pack)
+        if buffer is None or len(buffer) < end:
+            try:
+                with open(self.folder / entry.pack, "rb") as file:
+                    buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError):
+                return None
+            if len(buffer) < end:
+                return None
+            self.maps[entry.pack] = buffer
+        return np.ndarray(entry.shape, self.dtype, buffer, entry.offset)
+
+    def _size(self, entry):
+        return prod(entry.shape) * self.dtype.itemsize
+
+    def _packs(self):
+        return self.folder.glob(f"{self.kind}.*.pack")
+
+    # ---- adding, with the lock
+
+    def _begin(self):
+        """Take the lock and read what other processes have added; nothing is left to do if this process has it."""
+        if self.lock:
+            return
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f".{self.kind}.lock"
+            try:
+                self.lock = lock(path, "")
+            except UserError:
+                log.info("waiting for another process that writes %s", self.index)
+                self.lock = lock(path, "", wait=True)
+        self.entries, self.published = self._load(), time.monotonic()
+        remove_stale_parts(self.folder)
+        self._remove_unlisted()
+
+    def _add(self, source, status, make):
+        digest = digest_of(source)
+        entry = self.entries.get(source.name)
+        array = self._view(entry) if entry and entry.digest == digest else None
+        if array is None:
+            array = np.ascontiguousarray(make(source), self.dtype)
+            entry = self._append(array, digest, status)
+        if status_of(source) != status:  # the array, the digest and what was made before may be of different contents
+            raise UserError(f"{source}: changed while it was used; start again")
+        self.entries[source.name] = entry._replace(status=status)
+        self.changed = True
+        if time.monotonic() - self.published >= PUBLISH_EVERY:
+            self._publish()
+        return array
+
+    def _append(self, array, digest, status):
+        """Write an array to the pack of this process and return its entry."""
+        with self._writing():
+            if self.file is None:
+                self.file = (self.folder / f"{self.kind}.{secrets.token_hex(4)}.pack").open("xb", buffering=0)
+                self.end = 0
+            offset = -(-self.end // ALIGNMENT) * ALIGNMENT
+            try:
+                self.file.seek(offset)
+                rest = memoryview(array).cast("B")
+                while rest:
+                    rest = rest[self.file.write(rest):]
+            except OSError:
+                with suppress(OSError):
+                    self.file.truncate(self.end)  # on a full disk this makes room for the index
+                raise
+        self.end = offset + array.nbytes
+        return Entry(Path(self.file.name).name, offset, array.shape, digest, status)
+
+    def _publish(self):
+        with self._writing():
+            if self.file:
+                os.fsync(self.file.fileno())
+        content = json.dumps(self.entries, separators=(",", ":")).encode()
+        atomic_write(self.index, b"%08x\n" % zlib.crc32(content) + content)
+        self.changed, self.published = False, time.monotonic()
+
+    def _finish(self, complete):
+        try:
+            if self.changed and complete:
+                self._publish()
+                self._remove_unlisted()
+                self._compact()
+            elif self.changed:
+                with suppress(UserError):  # the error that ended the build is the one to report
+                    self._publish()
+        finally:
+            if self.file:
+                self.file.close()
+            self.lock.close()
+            self.lock = self.file = None
+
+    def _compact(self):
+        """Copy all arrays to a new pack if there are many packs, or if more than half of them is unused."""
+        sizes = [path.stat().st_size for path in self._packs()]
+        used = sum(-(-self._size(entry) // ALIGNMENT) * ALIGNMENT for entry in self.entries.values())
+        if len(sizes) <= MAX_PACKS and sum(sizes) <= 2 * used:
+            return
+        before = self.entries
+        if self.file:
+            self.file.close()
+            self.file = None
+        try:
+            arrays = ((name, entry, self._view(entry)) for name, entry in before.items())
+            self.entries = {name: self._append(array, entry.digest, entry.status)
+                            for name, entry, array in arrays if array is not None}
+            self._publish()
+        except UserError:  # no room for a second copy: the old packs serve as well
+            self.entries = before
+        self._remove_unlisted()
+
+    def _remove_unlisted(self):
+        listed = {entry.pack for entry in self.entries.values()}
+        for path in self._packs():
+            if path.name not in listed:
+                self.maps.pop(path.name, None)
+                with suppress(OSError):  # Windows removes no file that is mapped
+                    path.unlink()
+
+    @contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.index}: cannot write the cache ({reason_of(error)}); make space there, or give another "
+                            "--dir_cache, or --ext img to do without") from None
 
 
-def cache_folder(dataset, dir_cache, fallback):
-    """Where the cache of the dataset folder is: in it, or under dir_cache where one is given, or else under `fallback`
-    where the dataset is read-only."""
+def status_of(source: Path) -> tuple:
+    """Return the size, times and inode of a file, which tell cheaply whether it may have changed; raises UserError.
+
+    Size and modification time alone do not: `cp -p`, rsync and archives set the time of a replaced file to an old one. No
+    program can set the change time (ctime), and a file that is renamed into place has another inode. On the other hand both
+    differ in a mere copy of a dataset, so where they do the content's digest decides.
+    """
+    try:
+        status = source.stat()
+    except OSError as error:  # a link that leads nowhere
+        raise UserError(f"{source}: cannot be read ({reason_of(error)}); repair or remove it") from None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def digest_of(path: Path | str) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal digits; raises UserError."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason_of(error)}); repair or remove it") from None
+    return digest.hexdigest()
+
+
+def cache_folder(dataset: Path, dir_cache: str, fallback: Path) -> Path:
+    """Return the folder of a dataset's cache.
+
+    It is in the dataset's folder, or under `dir_cache` where one is given, or else under `fallback` where the dataset is
+    read-only.
+    """
     dataset = dataset.resolve()
     if not dir_cache:
         beside = dataset / "bin"
         if _writable(beside if beside.exists() else dataset):
             return beside
-    name = f"{dataset.name}-{hashlib.sha256(str(dataset).encode()).hexdigest()[:8]}"
+    name = f"{dataset.name}-{hashlib.sha256(os.fsencode(dataset)).hexdigest()[:8]}"
     return Path(dir_cache or fallback).resolve() / name
 
 
 def _writable(folder):
     """os.access says yes to root whatever the permissions: a folder without a write bit was meant to stay as it is."""
     return bool(folder.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)) and os.access(folder, os.W_OK)
-
-
-def _literal(name):
-    """The name with glob's special characters disarmed."""
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)

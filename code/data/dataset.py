@@ -1,4 +1,6 @@
 """Pairs of LR and HR images as uint8 arrays: random crops to train on, whole images to test on."""
+import sys
+
 import numpy as np
 import torch
 from system.errors import UserError
@@ -7,74 +9,92 @@ from tqdm import tqdm
 
 from data import degrade
 from data.cache import Cache, cache_folder
-from data.image import read_image, read_photo
+from data.image import read_image, read_photo, reading
 from data.source import default_cache, find
 
-OPEN = 10_000  # images whose files are kept open in memory: Linux maps 65,530 files in a process
 SMALLEST = 11  # pixels a side that SSIM needs of an image, when `scale` are shaved off each border
 
 
 class Images:
-    """The images of one dataset at one scale, decoded on first use (and kept on disk with --ext sep)."""
+    """The images of one dataset at one scale, decoded on first use (and cached on disk with --ext sep)."""
 
     def __init__(self, name, args, train):
         source = find(name, args, train)
         self.name, self.pairs, self.scale, self.train = name, source.pairs, args.scale, train
-        keep = args.ext == "sep" and name != "Demo"
-        dir_cache = args.dir_cache or (default_cache() if name == "Sample" else "")  # a package's folder is no place for it
-        self.cache = Cache(cache_folder(source.folder, dir_cache, default_cache()) if keep else None)
+        self.lr_kind = f"LR_X{args.scale}" if self.pairs[0].lr else f"LR_made_X{args.scale}"
+        self.sizes = {}  # of the HR images by their index, once they are checked
+        folder = None
+        if args.ext == "sep" and name != "Demo":
+            dir_cache = args.dir_cache or (default_cache() if name == "Sample" else "")  # not in the package's folder
+            with reading(source.folder):
+                folder = cache_folder(source.folder, dir_cache, default_cache())
+        self.cache = Cache(folder)
 
     def __len__(self):
         return len(self.pairs)
 
     def hr(self, index):
-        """uint8 sH x sW x 3, cut to the size of LR; None for an image without a truth."""
+        """Return HR as uint8 sH x sW x 3, cropped to the size of LR; None for an image without HR."""
         pair = self.pairs[index]
         if pair.hr is None:
             return None
-        return degrade.crop_to_multiple(self.cache.get(pair.hr, "HR", read_photo), self.scale)
+        hr = degrade.crop_to_multiple(self.cache.get(pair.hr, "HR", read_photo), self.scale)
+        self._check_unchanged(index, pair.hr, hr, 1)
+        return hr
 
     def lr(self, index):
-        """uint8 H x W x 3: the file where there is one, else made from HR by bicubic downscaling."""
+        """Return LR as uint8 H x W x 3: the file's pixels if there is one, else HR after bicubic downscaling."""
         pair = self.pairs[index]
         if pair.hr is None:
             return read_image(pair.lr)[0]
-        if pair.lr is None:
-            return self.cache.get(pair.hr, f"LR_made_X{self.scale}", self._make_lr)
-        return self.cache.get(pair.lr, f"LR_X{self.scale}", read_photo)
+        lr = self.cache.get(pair.lr or pair.hr, self.lr_kind, read_photo if pair.lr else self._downscale)
+        self._check_unchanged(index, pair.lr or pair.hr, lr, self.scale)
+        return lr
 
-    def _make_lr(self, file):
+    def _downscale(self, file):
         try:
-            return degrade.downscale(read_photo(file), self.scale)
+            return degrade.downscale(self.cache.get(file, "HR", read_photo), self.scale)
         except ValueError as error:
             raise UserError(f"{file}: {error}") from None
 
-    def answer(self, index, kind, make):
-        """int16 sH x sW x 3, a teacher's answer to LR kept as `kind`; `make()` where it is not there."""
+    def _check_unchanged(self, index, file, image, scale):
+        size = self.sizes.get(index)
+        if size and size != (image.shape[0] * scale, image.shape[1] * scale):
+            raise UserError(f"{file}: replaced during the run by an image of another size ({image.shape[1]} x "
+                            f"{image.shape[0]} pixels, not {size[1] // scale} x {size[0] // scale}); start again")
+
+    def teacher_output(self, index, kind, make):
+        """Return a teacher's output for LR, int16 sH x sW x 3, cached as `kind`; `make()` if it is not cached."""
         pair = self.pairs[index]
         return self.cache.get(pair.lr or pair.hr, kind, lambda _: make())
 
     def alpha(self, index):
-        """uint8 H x W of an LR image without a truth, where it has transparent parts; else None."""
+        """Return the alpha channel, uint8 H x W, of an LR image without HR that has transparent parts; else None."""
         pair = self.pairs[index]
         return read_image(pair.lr)[1] if pair.hr is None else None
 
     def prepare(self):
-        """Decodes what is not in the cache yet, with a bar, and checks the sizes; returns the HR sizes."""
-        sizes = []
-        for index, pair in enumerate(tqdm(self.pairs, f"reading {self.name}", unit="image", leave=False, delay=1)):
-            hr, lr = self.hr(index), self.lr(index)
-            if hr is None:
-                continue
-            if hr.shape != (lr.shape[0] * self.scale, lr.shape[1] * self.scale, 3):
-                raise UserError(f"{pair.lr}: {lr.shape[1]} x {lr.shape[0]} pixels do not match the {hr.shape[1]} x "
-                                f"{hr.shape[0]} of {pair.hr} at scale {self.scale}")
-            least = 0 if self.train else SMALLEST + 2 * self.scale
-            if min(hr.shape[:2]) < least:
-                raise UserError(f"{pair.hr}: {hr.shape[1]} x {hr.shape[0]} pixels are too few to score at scale "
-                                f"{self.scale}: SSIM needs {least} a side; take the image out")
-            sizes.append(hr.shape[:2])
-        return sizes
+        """Decode what is not cached yet, check the sizes, and return those of the HR images; raises UserError."""
+        self.sizes = {}
+        sizes = {}
+        with self.cache.building("HR"):
+            for index in progress(range(len(self)), f"reading {self.name}"):
+                hr, file = self.hr(index), self.pairs[index].hr
+                if hr is None:
+                    continue
+                least = 0 if self.train else SMALLEST + 2 * self.scale
+                if min(hr.shape[:2]) < least:
+                    raise UserError(f"{file}: {hr.shape[1]} x {hr.shape[0]} pixels are too few to score at scale "
+                                    f"{self.scale}: SSIM needs {least} a side; take the image out")
+                sizes[index] = hr.shape[:2]
+        with self.cache.building(self.lr_kind):
+            for index in progress(range(len(self)), f"reading {self.name} LR"):
+                lr, (height, width) = self.lr(index), sizes.get(index, (0, 0))
+                if index in sizes and (height, width) != (lr.shape[0] * self.scale, lr.shape[1] * self.scale):
+                    raise UserError(f"{self.pairs[index].lr}: {lr.shape[1]} x {lr.shape[0]} pixels do not match the "
+                                    f"{width} x {height} of {self.pairs[index].hr} at scale {self.scale}")
+        self.sizes = sizes
+        return list(sizes.values())
 
 
 class Crops(Dataset):
@@ -90,7 +110,7 @@ class Crops(Dataset):
         self.patch = args.patch_size // args.scale  # LR pixels
         self.order = None, None
         self.opened = {}
-        self.answers = []  # of each teacher that was asked once: as what the cache keeps its answers (data/teacher_cache.py)
+        self.teacher_kinds = []  # what the cached outputs of each teacher are kept as (data/teacher_cache.py)
         for images in self.sets:
             for size, pair in zip(images.prepare(), images.pairs):
                 if min(size) < args.patch_size:
@@ -98,9 +118,12 @@ class Crops(Dataset):
                                     f"{size[0]}): give a smaller one, or take the image out")
         self.where = [(images, index) for images in self.sets for index in range(len(images))]
 
+    def __getstate__(self):
+        return {**self.__dict__, "opened": {}}  # a worker that is spawned maps the files itself
+
     def __getitem__(self, number):
-        """-> LR 3 x p x p and HR 3 x sp x sp, uint8 tensors, and where k teachers were asked once 3k x sp x sp of int16."""
-        lr, hr, *answers = self._arrays(self._image(number))
+        """Return uint8 tensors LR 3 x p x p and HR 3 x sp x sp, and int16 3k x sp x sp of k cached teachers."""
+        lr, hr, *outputs = self._arrays(self._image(number))
         rng = np.random.default_rng([self.seed, 1, number])
         top, left = (int(rng.integers(size - self.patch + 1)) for size in lr.shape[:2])
         orientation = rng.integers(2, size=3) if self.augment else (0, 0, 0)
@@ -109,21 +132,19 @@ class Crops(Dataset):
             return orient(image[top * k:(top + self.patch) * k, left * k:(left + self.patch) * k], *orientation)
 
         parts = [crop(lr, 1), crop(hr, self.scale)]
-        if answers:
-            parts.append(np.concatenate([crop(answer, self.scale) for answer in answers], 2))
+        if outputs:
+            parts.append(np.concatenate([crop(output, self.scale) for output in outputs], 2))
         return tuple(to_tensor(part) for part in parts)
 
     def _arrays(self, place):
-        """LR, HR and the teachers' answers of an image; to open the cache's files would take longer than to read a crop."""
+        """Return LR, HR and the teacher outputs of an image; to look them up would take a sixth of the time of a crop."""
         arrays = self.opened.get(place)
         if arrays is None:
             images, index = self.where[place]
-            arrays = [images.lr(index), images.hr(index), *(images.answer(index, kind, _removed) for kind in self.answers)]
-            if images.cache.folder is None:
-                return arrays  # decoded images would fill the memory
-            if len(self.opened) >= OPEN:
-                self.opened.clear()
-            arrays = self.opened[place] = [np.asarray(array) for array in arrays]  # np.memmap's slices are slow
+            outputs = (images.teacher_output(index, kind, _removed) for kind in self.teacher_kinds)
+            arrays = [images.lr(index), images.hr(index), *outputs]
+            if images.cache.folder is not None:  # else they would fill the memory
+                self.opened[place] = arrays
         return arrays
 
     def _image(self, number):
@@ -134,7 +155,12 @@ class Crops(Dataset):
 
 
 def _removed():
-    raise UserError("--cache_teacher: an answer was removed from the cache: go on with --resume 1, which has it made again")
+    raise UserError("--cache_teacher: cached teacher outputs were removed during the run; --resume 1 computes them again")
+
+
+def progress(items, description):
+    """Return `items` with a progress bar, which is rarely redrawn where stderr is no terminal."""
+    return tqdm(items, description, unit="image", leave=False, delay=1, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 def orient(image, flip_horizontal, flip_vertical, transpose):

@@ -1,36 +1,90 @@
-"""Image files as uint8 RGB arrays, whatever is in them."""
+"""Image files as uint8 RGB arrays, whatever their format and mode."""
+import logging
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
-from system.errors import UserError, writing
+from PIL import Image, ImageOps, UnidentifiedImageError
+from system.errors import UserError, reason_of, writing
 from system.files import atomic_path
 
+log = logging.getLogger("sr")
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"))
+FORMATS = "PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"  # Pillow's names; it would hand others to programs, EPS to Ghostscript
 PREVIEWED = frozenset((".jpg", ".jpeg"))  # cameras put smaller copies behind the photo
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as many pixels are an error
 
 
-def list_images(folder):
-    """Sorted image files of a folder, empty where there is no such folder."""
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn an OSError raised in the body into a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({reason_of(error)})") from None
+
+
+def list_images(folder: Path | str) -> list[Path]:
+    """Return the sorted image files of a folder, without those in its sub-folders; none if there is no such folder.
+
+    Raises UserError for a folder or a file that cannot be read, for anything but a file under the name of an image (a named
+    pipe would be waited for endlessly), and for a folder whose images are all in sub-folders.
+    """
     folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.is_dir())
+    images, folders = [], []
+    with reading(folder):
+        if not is_folder(folder):
+            return []
+        for file in folder.iterdir():
+            named = file.suffix.lower() in SUFFIXES
+            mode = file.stat().st_mode if named or file.is_dir() else 0
+            if stat.S_ISDIR(mode):
+                folders.append(file)
+            elif named and not stat.S_ISREG(mode):
+                raise UserError(f"{file}: no regular file but a pipe, socket or device; remove it")
+            elif named:
+                images.append(file)
+        inner = next((inner for inner in sorted(folders) if _holds_images(inner)), None)
+    if inner and not images:
+        raise UserError(f"{folder}: no images but in its sub-folder {inner.name}; sub-folders are not read, move them up")
+    if inner:
+        log.info("%s: sub-folders are not read; there are images in %s", folder, inner.name)
+    return sorted(images)
 
 
-def read_image(path):
-    """-> (uint8 H x W x 3 RGB, alpha uint8 H x W or None where all is opaque).
+def is_folder(path: Path) -> bool:
+    """Return whether the path is a folder; raises PermissionError, unlike os.path.isdir, if that cannot be told."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _holds_images(folder):
+    try:
+        return any(os.path.splitext(name)[1].lower() in SUFFIXES for name in os.listdir(folder))
+    except OSError:
+        return False
+
+
+def read_image(path: Path | str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return uint8 H x W x 3 RGB, and alpha as uint8 H x W or None where all is opaque.
 
     Grey and CMYK become RGB, 16 bits become 8, palettes their colours; a photo is turned as its camera says. Raises
     UserError for a file that is no image, is broken, or holds several images or numbers that are no pixels.
     """
     try:
-        with iio.imopen(path, "r", plugin="pillow") as file:
-            number = file.properties(index=...).n_images
-            image = file.read(index=0, mode=_mode(file.metadata(index=0)), rotate=True)
+        # an open file, since Pillow maps a named one into memory and then garbles TIFF images with an orientation
+        with open(path, "rb") as stream, Image.open(stream, formats=FORMATS) as file:
+            number = getattr(file, "n_frames", 1)
+            file.seek(0)
+            image = np.array(ImageOps.exif_transpose(_in_plain_mode(file)))
     except Exception as error:  # every decoder has its own exceptions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: unreadable image ({reason}); repair or remove it") from None
+        raise UserError(f"{path}: unreadable image ({_reason(error, path)}); repair or remove it") from None
     if number > 1 and Path(path).suffix.lower() not in PREVIEWED:
         raise UserError(f"{path}: holds several images ({number}); save the one that is meant")
     if image.dtype == bool:
@@ -48,25 +102,44 @@ def read_image(path):
     return np.ascontiguousarray(colour), alpha
 
 
-def _mode(about):
-    """Pillow's mode to convert to, None where the pixels can stay as they are."""
-    if "transparency" in about and about["mode"] in ("1", "L", "P", "RGB"):  # a colour stands for it
-        return "RGBA"
-    return "RGB" if about["mode"] in ("CMYK", "YCbCr", "LAB", "HSV") else None
+def _in_plain_mode(image):
+    """Return the image in a mode whose pixels are grey or RGB, with alpha if it has a transparent colour."""
+    if "transparency" in image.info and image.mode in ("1", "L", "P", "RGB"):
+        return image.convert("RGBA")
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        return image.convert("RGB")
+    if image.mode == "P":
+        return image.convert(image.palette.mode)
+    if image.mode == "I" and image.format == "PNG":  # 16 bits, in older versions of Pillow
+        return image.convert("I;16")
+    return image
 
 
-def read_photo(path):
-    """uint8 H x W x 3 RGB of an image for training or scoring; raises UserError also for a transparent one."""
+def _reason(error, path):
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+    if isinstance(error, UnidentifiedImageError):
+        with open(path, "rb") as file:
+            start = file.read(16)
+        if not start:
+            return "empty"
+        kind = next((name for name in FORMATS if Image.OPEN[name][1](start) is True), None)
+        return f"its {kind} header is damaged or cut off" if kind else f"none of {', '.join(FORMATS)}"
+    return reason_of(error)
+
+
+def read_photo(path: Path | str) -> np.ndarray:
+    """Return uint8 H x W x 3 RGB of an image for training or scoring; raises UserError also for a transparent one."""
     colour, alpha = read_image(path)
     if alpha is not None:
-        raise UserError(f"{path}: has transparent parts; flatten it, a loss cannot see through it")
+        raise UserError(f"{path}: has transparent parts; flatten it")
     return colour
 
 
-def write_image(path, image):
-    """Writes a uint8 H x W x 3 or 4 array as PNG: whole or not at all."""
+def write_image(path: Path | str, image: np.ndarray) -> None:
+    """Write a uint8 H x W x 3 or 4 array as PNG, atomically."""
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path, sync=False) as part:
-        iio.imwrite(part, image, plugin="pillow", extension=".png", compress_level=3)
+        Image.fromarray(image).save(part, format="PNG", compress_level=3)

@@ -1,4 +1,4 @@
-"""Where the images of a dataset are: its name on the command line -> pairs of HR and LR files."""
+"""Where the images of a dataset are: from its name on the command line to pairs of HR and LR files."""
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from option import ROOT
 from system.errors import UserError
 
-from data.image import SUFFIXES, list_images
+from data.image import SUFFIXES, is_folder, list_images, reading
 
 # Colour photographs and grey textures inside the scikit-image package. Held out: a face, an object, a machine, a texture;
 # none shows what a training image shows (`motorcycle` left and right are one scene).
@@ -34,7 +34,15 @@ class Source:
 
 
 def find(name, args, train):
-    """The Source of that name for training or testing at --scale; raises UserError for what is missing or does not match."""
+    """Return the Source of that name for training or testing at --scale.
+
+    Raises UserError for what is missing, cannot be read or does not match.
+    """
+    with reading(args.dir_data):
+        return _find(name, args, train)
+
+
+def _find(name, args, train):
     if name == "Sample":
         return _sample(train)
     if name == "Demo":
@@ -45,7 +53,7 @@ def find(name, args, train):
     if name == "DIV2K":
         return _div2k(root / name, args, train)
     candidates = [root / "benchmark" / name, root / name]
-    folder = next((folder for folder in candidates if (folder / "HR").is_dir()), None)
+    folder = next((folder for folder in candidates if is_folder(folder / "HR")), None)
     if folder is None:
         raise _missing(name, [folder / "HR" for folder in candidates], train)
     return Source(name, folder, tuple(_pairs(list_images(folder / "HR"), folder / "HR",
@@ -81,7 +89,7 @@ def _demo(folder):
 
 
 def _div2k(folder, args, train):
-    if not (folder / "DIV2K_train_HR").is_dir():
+    if not is_folder(folder / "DIV2K_train_HR"):
         raise _missing("DIV2K", [folder / "DIV2K_train_HR"], train)
     ranges = args.data_range.split("/")
     if len(ranges) > 2 or not all(re.fullmatch("[0-9]{1,9}-[0-9]{1,9}", one) for one in ranges):
@@ -102,7 +110,7 @@ def _pairs(images, hr_folder, lr_folder, scale, only_these=False):
     if not images:
         raise UserError(f"{hr_folder}: no images there ({KINDS})")
     _check_names([image.stem for image in images], images)
-    if not lr_folder.is_dir():
+    if not is_folder(lr_folder):
         return [Pair(image.stem, image, None) for image in images]
     lr_images = {file.stem: file for file in list_images(lr_folder)}
     pairs = [Pair(image.stem, image, lr_images.get(f"{image.stem}x{scale}", lr_images.get(image.stem))) for image in images]
@@ -116,11 +124,11 @@ def _pairs(images, hr_folder, lr_folder, scale, only_these=False):
 
 
 def _check_names(names, files):
-    """Raises UserError where two files have one name: what is made of them would be one file."""
+    """Raise UserError if two files have the same name: their results would overwrite each other."""
     first = {}
     for name, file in zip(names, files):
         if first.setdefault(name, file) != file:
-            raise UserError(f"{first[name]} and {file.name} have one name; rename or remove one of them")
+            raise UserError(f"{first[name]} and {file.name} have the same name; rename or remove one of them")
 
 
 def default_cache():

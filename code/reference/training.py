@@ -9,7 +9,7 @@ import torch
 from checkpoint import save_model
 from data import Crops, degrade
 from data.image import write_image
-from data.teacher_cache import ask_teachers
+from data.teacher_cache import cache_outputs
 from model.edsr import EDSR
 from system.device import autocast
 from system.memory import array_memory
@@ -45,7 +45,7 @@ def teacher_cache(side, device):
     file = Path(folder.name, "teacher.pt")
     save_model(teacher, file)
     with_answers = Crops(args)
-    ask_teachers(with_answers, [teacher], [file], device, args)
+    cache_outputs(with_answers, [teacher], [file], device, args)
 
     def training(crops):
         loop = make_trainer(copy.deepcopy(student), copy.deepcopy(teacher), f"--scale {SCALE} --loss 1*DS+1*TS", device)
