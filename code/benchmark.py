@@ -24,8 +24,8 @@ WIDTHS = {"comparison": 14, "size": 5, "setting": 28}  # of the other columns: t
 NOTES = """\
 reference_s, ours_s: median time in seconds of `runs` runs, in which the two implementations alternate.
 speedup: reference_s / ours_s.
-reference_MB, ours_MB: peak memory (10^6 bytes) of the tensors beyond inputs and weights, in the forward pass and, if there is
-one, the backward pass, without workspaces inside kernels; on a GPU, the peak of PyTorch's allocator; for `data`, the peak of
+reference_MB, ours_MB: peak memory (10^6 bytes) of the tensors beyond inputs and weights, in the forward pass and the backward
+pass, if there is one, without workspaces inside kernels; on a GPU, the peak of PyTorch's allocator; for `data`, the peak of
 Python and numpy without memory-mapped files.
 memory_ratio: reference_MB / ours_MB.
 difference: largest difference of the results, relative to the largest value; - where they are random or were not computed.
@@ -67,7 +67,7 @@ def main() -> int:
             notes += more
     share = (time.process_time() - cpu_start) / (time.perf_counter() - start)
     if device.type == "cpu" and share < MIN_CPU_SHARE:
-        notes.append(f"busy machine: this process had {share:.0%} of one core; long runs were slowed down more than short ones")
+        notes.append(f"busy machine: this process had {share:.0%} of one core; long runs were slowed down more")
     kinds = ["float32", "bf16"] + ["TF32"] * (device.type == "cuda")
     notes.append("peak TFLOP/s: " + ", ".join(f"{peak_flops(kind, device) / 1e12:.3g} in {kind}" for kind in kinds))
     log.info("\n".join(notes))

@@ -29,8 +29,7 @@ def measure(name: str, size: int, make: Callable, device: torch.device, repeats:
         outcomes = {function: pair.measure_memory(function, device) for function in needed if needed[function] <= limit}
         if pair.tolerance is not None and exact in outcomes:
             error = difference(result, outcomes[exact][0])
-            assert error <= pair.tolerance, (f"{name} {size}: the results of ours and reference differ by {error:.1e} of the "
-                                             "largest value")
+            assert error <= pair.tolerance, f"{name} {size}: ours and reference differ by {error:.1e} of the largest value"
         if pair.remark and len(outcomes) == len(needed):
             notes.append(f"{name} {size}: {pair.remark(outcomes[pair.reference], outcomes[exact])}")
         if pair.reference in outcomes:
