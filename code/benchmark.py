@@ -24,9 +24,9 @@ WIDTHS = {"comparison": 14, "size": 5, "setting": 28}  # of the other columns: t
 NOTES = """\
 reference_s, ours_s: median time in seconds of `runs` runs, in which the two implementations alternate.
 speedup: reference_s / ours_s.
-reference_MB, ours_MB: peak memory (10^6 bytes) of the tensors beyond inputs and weights, in the forward pass and the backward
-pass, if there is one, without workspaces inside kernels; on a GPU, the peak of PyTorch's allocator; for `data`, the peak of
-Python and numpy without memory-mapped files.
+reference_MB, ours_MB: peak memory (10^6 bytes) of the tensors beyond inputs and weights, in the forward pass and, if
+there is one, the backward pass, without workspaces inside kernels; on a GPU, the peak of PyTorch's allocator; for
+`data`, the peak of Python and numpy without memory-mapped files.
 memory_ratio: reference_MB / ours_MB.
 difference: largest difference of the results, relative to the largest value; - where they are random or were not computed.
 TFLOP/s: 10^12 operations of matrix products, convolutions and attention per second, of this implementation.

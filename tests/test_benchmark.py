@@ -77,11 +77,12 @@ def test_every_comparison_is_a_row_whose_implementations_agree(run_main, tmp_pat
     assert not list(tmp_path.glob("tmp*"))  # no temporary folder is left
 
 
-def test_a_reference_that_does_not_fit_is_not_run_and_its_memory_is_computed_from_shapes(run_main, tmp_path):
+def test_a_reference_that_does_not_fit_is_not_run(run_main, tmp_path):
     status, out, _ = run_main("benchmark", "--cpu --repeats 1 --memory 1e-9 --only affinity+chop --sizes 16")
     rows = table(tmp_path)
     assert status == 0 and rows["affinity"]["reference_s"] == rows["chop"]["speedup"] == rows["chop"]["difference"] == "-"
-    assert float(rows["affinity"]["reference_MB"]) > 0 and any("affinity 16: the reference was not run" in line for line in out)
+    assert float(rows["affinity"]["reference_MB"]) > 0
+    assert any("affinity 16: the reference was not run" in line for line in out)
 
 
 def test_without_memory_for_the_exact_result_only_time_and_memory_are_compared():
@@ -95,7 +96,8 @@ def test_flops_per_second_and_their_fraction_of_the_peak(monkeypatch):
     a = torch.rand(16, 16)
     make = lambda size, device: reference.Comparison("", lambda: (a @ a,), lambda: (a @ a,), 0)  # noqa: E731
     row, _ = measure.measure("product", 16, make, CPU, 1, 1e9)
-    assert float(row["TFLOP/s"]) == pytest.approx(16**3 / 1e12, rel=0.01) and float(row["fraction_of_peak"]) == 0.12  # 16^3 / 32^3
+    assert float(row["TFLOP/s"]) == pytest.approx(16**3 / 1e12, rel=0.01)
+    assert float(row["fraction_of_peak"]) == 0.12  # 16^3 / 32^3
 
 
 def test_curves_have_hollow_markers_where_the_reference_was_not_run():
@@ -120,6 +122,21 @@ def test_many_comparisons_are_drawn_in_several_rows_of_panels():
     rows = [{**cells, "comparison": name, "size": size} for name in "abcdef" for size in ("8", "12")]
     heights = [int.from_bytes(plot.picture(some)[20:24], "big") for some in (rows[::2], rows)]
     assert heights == [594, 2 * 594]
+
+
+def test_the_files_go_to_the_output_folder_and_the_picture_follows_from_the_table(run_main, tmp_path):
+    folder = tmp_path / "new" / "figure"
+    assert run_main("benchmark", f"--cpu --repeats 1 --only affinity --sizes 8 --output {folder}")[0] == 0
+    with (folder / "benchmark.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert plot.picture(rows) == (folder / "benchmark.png").read_bytes()
+    assert not (tmp_path / "experiment").exists()
+
+
+@pytest.mark.parametrize("value, digits, text", [
+    (1220.39, 3, "1220"), (68736.8, 3, "68700"), (0.0054142, 3, "0.00541"), (2, 3, "2"), (None, 3, "-")])
+def test_numbers_have_significant_digits_without_exponents(value, digits, text):
+    assert measure.significant(value, digits) == text
 
 
 # ---- wrong results

@@ -44,7 +44,7 @@ def draw_curves(axes: Sequence[Axes], rows: list[dict[str, str]]) -> None:
             known = [row for row in rows if row[f"{name}_{unit}"] != "-"]
             not_run = [row for row in known if row[f"{name}_s"] == "-"]
             for part, style in ((known, dict(label=LABELS[name])),
-                                (not_run, dict(label="computed from shapes" if not_run else None, linestyle="",
+                                (not_run, dict(label="from shapes" if not_run else None, linestyle="",
                                                markerfacecolor="white"))):
                 axis.plot([int(row["size"]) ** 2 for row in part], [float(row[f"{name}_{unit}"]) for row in part],
                           color=colour, marker="o", **style)
@@ -55,14 +55,14 @@ def draw_curves(axes: Sequence[Axes], rows: list[dict[str, str]]) -> None:
         axis.set_xticks([side**2 for side in sides], [f"{side}²" for side in sides])
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="x-small")
     axes[0].set_title(f"{rows[0]['comparison']}\n{rows[0]['setting']}", fontsize="medium")
     axes[1].set_xlabel("N = H x W")
 
 
 def draw_ratios(axes: Sequence[Axes], rows: list[dict[str, str]]) -> None:
     """Draw speedup and memory ratio of comparisons at a single size as bars."""
-    for axis, ratio, title in zip(axes, ("speedup", "memory_ratio"), ("speedup", "memory ratio, reference / this")):
+    for axis, ratio in zip(axes, ("speedup", "memory_ratio")):
         known = [row for row in reversed(rows) if row[ratio] != "-"]
         names = [f"{row['comparison']} {row['size']}" for row in known]
         bars = axis.barh(names, [float(row[ratio]) - 1 for row in known], left=1)
@@ -70,4 +70,4 @@ def draw_ratios(axes: Sequence[Axes], rows: list[dict[str, str]]) -> None:
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
         axis.margins(x=0.3)
-        axis.set_title(title, fontsize="medium")
+        axis.set_title(ratio.replace("_", " "), fontsize="medium")
