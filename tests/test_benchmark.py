@@ -147,7 +147,7 @@ def test_results_that_differ_are_an_error(monkeypatch):
         run("san_pooling")
 
 
-@pytest.mark.parametrize("replaced", ["reference_covariance", "reference_gather"])
+@pytest.mark.parametrize("replaced", ["reference_covariance", "reference_attend"])
 def test_the_reference_network_uses_the_replaced_operations(monkeypatch, replaced):
     right = getattr(formula, replaced)
     monkeypatch.setattr(formula, replaced, lambda x: 2 * right(x))
@@ -179,33 +179,33 @@ def test_nan_is_an_infinite_difference():
 
 @pytest.mark.parametrize("height, width", [(37, 50), (64, 21)])
 def test_the_four_way_split_is_exact_with_sufficient_overlap(monkeypatch, height, width):
-    net, seen = EDSR(2, n_resblocks=1, n_feats=4), []
-    net.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, 0].numel()))
+    net, calls = EDSR(2, n_resblocks=1, n_feats=4), []
+    net.register_forward_pre_hook(lambda _, args: calls.append(args[0][0, 0].numel()))
     lr = 255 * torch.rand(1, 3, height, width)
     with torch.no_grad():
         whole = net(lr)
-        seen.clear()
+        calls.clear()
         monkeypatch.setattr(formula, "SHAVE", net.receptive_field + 1)  # the halves of odd sides overlap by one pixel less
         monkeypatch.setattr(formula, "MIN_SIZE", 600)
         assert (formula.reference_chop(net, lr) - whole).abs().max() < 1e-3
-        assert len(seen) in (16, 4) and max(seen) < 600
+        assert len(calls) in (16, 4) and max(calls) < 600
         monkeypatch.setattr(formula, "SHAVE", 1)
         assert (formula.reference_chop(net, lr) - whole).abs().max() > 1e-3
 
 
 def test_with_cached_outputs_the_teacher_is_not_run():
-    pair, seen = training.teacher_cache(32, CPU), []
+    pair, calls = training.teacher_cache(32, CPU), []
     forward = EDSR.forward
 
     def counted(self, lr, features=False):
-        seen.append((self.n_feats, tuple(lr.shape)))
+        calls.append((self.n_feats, tuple(lr.shape)))
         return forward(self, lr, features)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EDSR, "forward", counted)
         pair.ours()
-        assert seen == [(4, (2, 3, 8, 8))]
+        assert calls == [(4, (2, 3, 8, 8))]
         pair.reference()
-        assert seen[1:] == [(4, (2, 3, 8, 8)), (8, (2, 3, 8, 8))]
+        assert calls[1:] == [(4, (2, 3, 8, 8)), (8, (2, 3, 8, 8))]
     pair.close()
 
 

@@ -49,20 +49,20 @@ def san_forward(side: int, device: torch.device) -> Comparison:
         return net(lr),
 
     def reference():
-        with mock.patch.multiple(san, covariance=reference_covariance, gather=reference_gather):
+        with mock.patch.multiple(san, covariance=reference_covariance, attend=reference_attend):
             return ours()
 
     return Comparison("{n_resgroups} x {n_resblocks} x {n_feats}".format(**net.config), ours, reference, 1e-5,
                       arithmetic=convolution_arithmetic(device))
 
 
-def reference_gather(inner: torch.Tensor) -> torch.Tensor:
-    """Compute `san.gather`, the non-local attention, with the matrix of all pairs of positions."""
+def reference_attend(inner: torch.Tensor) -> torch.Tensor:
+    """Compute `san.attend`, softmax attention over the positions, with the matrix of all scores."""
     n, channels, height, width = inner.shape
     query, key, value = inner.split(channels // 3, 1)
     key, value = (F.max_pool2d(x, 2).flatten(2) for x in (key, value))
-    attention = (query.flatten(2).mT @ key).softmax(2)
-    return (attention @ value.mT).mT.reshape(n, channels // 3, height, width)
+    weights = (query.flatten(2).mT @ key).softmax(2)
+    return (weights @ value.mT).mT.reshape(n, channels // 3, height, width)
 
 
 def affinity(side: int, device: torch.device, batch_size: int = 1) -> Comparison:
