@@ -1,26 +1,37 @@
-"""Upscaling with a trained network: the whole image, in tiles (--chop), averaged over orientations (--self_ensemble)."""
+"""Inference with a trained network: whole images, overlapping tiles (--chop), and self-ensemble (--self_ensemble)."""
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import product
 from operator import itemgetter
 
+import numpy as np
 import torch
 from system import memory_budget
 from system.errors import UserError
+from torch import nn
 
 log = logging.getLogger("sr")
-GLOBAL_TILE_PAD = 32  # LR pixels around a tile for networks that look at the whole image; more changes little (README)
+# Tile overlap in LR pixels for networks with global operations; a larger one changes little (see the README).
+GLOBAL_TILE_PAD = 32
 
 
 @torch.no_grad()
-def upscale(net, lr, chop_tiles=False, self_ensemble=False, memory=None):
-    """lr: 1 x 3 x H x W -> sr: 1 x 3 x sH x sW, both in [0, net.rgb_range]; memory: bytes for the tiles, see `chop`."""
-    forward = (lambda x: chop(net, x, memory=memory)) if chop_tiles else net
+def upscale(net: nn.Module, lr: torch.Tensor, tiled: bool = False, self_ensemble: bool = False,
+            memory: float | None = None) -> torch.Tensor:
+    """Upscale an image 1 x 3 x H x W to 1 x 3 x sH x sW, both in [0, net.rgb_range].
+
+    memory: bytes that tiles may take, see `chop`.
+    """
+    forward = (lambda x: chop(net, x, memory=memory)) if tiled else net
     return ensemble(forward, lr) if self_ensemble else forward(lr)
 
 
-def ensemble(forward, lr):
-    """Mean of forward over the 8 flips and transposes of the image, each undone (EDSR's geometric self-ensemble)."""
+def ensemble(forward: Callable[[torch.Tensor], torch.Tensor], lr: torch.Tensor) -> torch.Tensor:
+    """Average forward(lr) over the 8 flips and transposes of the input, each inverted on the output.
+
+    This is the geometric self-ensemble of EDSR (Lim et al., CVPRW 2017).
+    """
     total = None
     for transpose in (False, True):
         for flips in ((), (2,), (3,), (2, 3)):
@@ -34,108 +45,116 @@ def ensemble(forward, lr):
 
 
 @torch.no_grad()
-def chop(net, lr, tile=None, tile_pad=None, memory=None):
-    """The forward of a large image in tiles; memory beyond input and output does not grow with the image.
+def chop(net: nn.Module, lr: torch.Tensor, tile: int | None = None, tile_pad: int | None = None,
+         memory: float | None = None) -> torch.Tensor:
+    """Upscale large images in overlapping tiles, whose peak memory does not grow with the image.
 
-    lr: N x 3 x H x W -> sr: N x 3 x sH x sW on lr's device, which need not be the network's. What is computed at once takes
-    at most `memory` bytes: of the cuts into tiles that keep to that, the one that computes the fewest pixels is taken, and
-    what fits is not cut. A tile is computed with `tile_pad` LR pixels around it, by default the receptive field, and
-    the result is that of the whole image; the default memory is then half of what is free. For networks that look at the
-    whole image the result is an approximation that depends on the tiles, so their default memory is the same everywhere,
-    1 GB. Tiles start at multiples of the network's window.
+    lr: N x 3 x H x W. Returns N x 3 x sH x sW on the device of lr, which may differ from the network's.
+    tile_pad: LR pixels of overlap that are computed around each tile and cropped; by default the receptive field, with which
+    the result equals that of the whole image. For networks with global operations the result is an approximation that
+    depends on the tiles.
+    memory: bytes that a forward pass may take. Among the tilings that fit, the one with the fewest computed pixels is
+    chosen; an image that fits is not divided. The default is half of the free memory, or 1 GB for networks with global
+    operations, so that their results do not depend on the machine.
+    tile: size of the tiles in LR pixels, in place of `memory`.
 
-    `tile` says the distance of tiles in LR pixels, in place of the memory. Raises UserError where `memory` does not hold the
-    smallest tile, as wide as one tile_pad. A GPU that runs out of memory all the same gets smaller tiles.
+    Tiles start at multiples of net.window. If a GPU runs out of memory, smaller tiles are tried. Raises UserError where
+    `memory` is too small for the smallest tiles, which are as large as their overlap.
     """
     device, align = next(net.parameters()).device, net.window
-    tile_pad = _up((net.receptive_field or GLOBAL_TILE_PAD) if tile_pad is None else tile_pad, align)
+    tile_pad = _round_up((net.receptive_field or GLOBAL_TILE_PAD) if tile_pad is None else tile_pad, align)
     sr = lr.new_empty(lr.shape[0], 3, lr.shape[2] * net.scale, lr.shape[3] * net.scale)
     if tile:
-        return _fill(sr, net, lr, *(_spans(size, _up(tile, align), tile_pad, align) for size in lr.shape[2:]))
-    limit = memory_budget.PROBE**2  # of images no larger, finding out would cost as much as the result
-    if memory or _up(lr.shape[2], align) * _up(lr.shape[3], align) > limit:
-        limit = memory_budget.pixels_at_once(net, device, memory or memory_budget.default_memory(net, device))
-    area, rows, columns = _cheapest(*lr.shape[2:], tile_pad, align, limit)
+        return _run_tiles(sr, net, lr, *(_divide(size, _round_up(tile, align), tile_pad, align) for size in lr.shape[2:]))
+    limit = memory_budget.PROBE_SIZE**2  # pixels; measuring the memory would take as long as upscaling so small an image
+    if memory or _round_up(lr.shape[2], align) * _round_up(lr.shape[3], align) > limit:
+        limit = memory_budget.max_pixels(net, device, memory or memory_budget.default_memory(net, device))
+    area, rows, columns = _choose_tiles(*lr.shape[2:], tile_pad, align, limit)
     if memory and area > limit:
-        raise UserError(f"--chop_mem {memory / 1e9:g}: the smallest tile of this network takes about "
-                        f"{memory_budget.memory_of(net, device, area) / 1e9:.2g} GB; give more")
+        raise UserError(f"--chop_mem {memory / 1e9:g}: the smallest tiles of this network take about "
+                        f"{memory_budget.required_memory(net, device, area) / 1e9:.2g} GB; give a larger --chop_mem")
     while True:
         try:
-            with memory_budget.memory_kept(device):
-                return _fill(sr, net, lr, rows, columns, max(1, limit // area))
+            with memory_budget.retain_freed_memory(device):
+                return _run_tiles(sr, net, lr, rows, columns, max(1, limit // area))
         except torch.OutOfMemoryError:
-            limit, before = area // 2, area
-            area, rows, columns = _cheapest(*lr.shape[2:], tile_pad, align, limit)
-            if area >= before:
+            limit, previous = area // 2, area
+            area, rows, columns = _choose_tiles(*lr.shape[2:], tile_pad, align, limit)
+            if area >= previous:
                 raise
-            log.info("out of memory: going on with tiles of %d LR pixels in place of %d", area, before)
+            log.info("out of memory: continuing with tiles of %d LR pixels instead of %d", area, previous)
 
 
-def _fill(sr, net, lr, rows, columns, batch=1):
-    """Writes the network's result into sr, tile by tile, those of one size in batches; returns sr."""
+def _run_tiles(sr, net, lr, rows, columns, batch_size=1):
+    """Run the network on tiles, those of equal size in batches, write the results into `sr`, and return it."""
     device, scale = next(net.parameters()).device, net.scale
     groups = defaultdict(list)
-    for place in product(range(lr.shape[0]), rows, columns):
-        _, (_, _, top, bottom), (_, _, left, right) = place
-        groups[bottom - top, right - left].append(place)
-    for places in groups.values():
-        for first in range(0, len(places), batch):
-            part = places[first:first + batch]
+    for tile in product(range(lr.shape[0]), rows, columns):
+        _, (_, _, top, bottom), (_, _, left, right) = tile
+        groups[bottom - top, right - left].append(tile)
+    for tiles in groups.values():
+        for first in range(0, len(tiles), batch_size):
+            batch = tiles[first:first + batch_size]
             x = torch.stack([lr[image, :, top:bottom, left:right]
-                             for image, (_, _, top, bottom), (_, _, left, right) in part])
-            # channels last: convolutions on a CPU need no copies into their own order then
-            results = net(x.to(device).contiguous(memory_format=torch.channels_last))
-            for (image, (y0, y1, top, _), (x0, x1, left, _)), y in zip(part, results):
-                inner = y[:, (y0 - top) * scale:(y1 - top) * scale, (x0 - left) * scale:(x1 - left) * scale]
+                             for image, (_, _, top, bottom), (_, _, left, right) in batch])
+            # in channels_last, convolutions on a CPU do not have to reorder their inputs
+            outputs = net(x.to(device).contiguous(memory_format=torch.channels_last))
+            for (image, (y0, y1, top, _), (x0, x1, left, _)), output in zip(batch, outputs):
+                inner = output[:, (y0 - top) * scale:(y1 - top) * scale, (x0 - left) * scale:(x1 - left) * scale]
                 sr[image, :, y0 * scale:y1 * scale, x0 * scale:x1 * scale] = inner
     return sr
 
 
-def _cheapest(height, width, tile_pad, align, limit):
-    """The cut that computes the fewest pixels, of those whose tiles have at most `limit` with their halos, else the finest.
+def _choose_tiles(height, width, tile_pad, align, limit):
+    """Choose the tiling with the fewest computed pixels among those with at most `limit` pixels in a padded tile.
 
-    -> (pixels of a tile with its tile_pad, spans of the rows, spans of the columns).
+    Where none fits, the one with the smallest tiles. Returns the pixels of a padded tile and the tiles' rows and columns,
+    as `_divide` returns them.
     """
-    rows, columns = _cuts(height, tile_pad, align), _cuts(width, tile_pad, align)
-    fitting = [cut for cut in product(rows, columns) if cut[0][1] * cut[1][1] <= limit]
-    finest = [min(cuts, key=itemgetter(1)) for cuts in (rows, columns)]
-    (_, tall, rows), (_, wide, columns) = min(fitting, key=lambda cut: cut[0][0] * cut[1][0], default=finest)
-    return tall * wide, rows, columns
+    rows, columns = _divisions(height, tile_pad, align), _divisions(width, tile_pad, align)
+    fitting = [pair for pair in product(rows, columns) if pair[0][1] * pair[1][1] <= limit]
+    finest = [min(divisions, key=itemgetter(1)) for divisions in (rows, columns)]
+    (_, tile_height, rows), (_, tile_width, columns) = min(fitting, key=lambda pair: pair[0][0] * pair[1][0], default=finest)
+    return tile_height * tile_width, rows, columns
 
 
-def _cuts(size, tile_pad, align):
-    """Ways to cut 0..size: [(pixels computed in all, pixels computed at once, spans)]; 1 tile is the first of them."""
-    numbers = range(1, max(1, (size - 2 * tile_pad) // max(tile_pad, align)) + 1)
-    tiles = dict.fromkeys(max(align, _up(-(-(size - 2 * tile_pad) // number), align)) for number in numbers)
-    cuts = [_spans(size, tile, tile_pad, align) for tile in tiles]
-    windows = [_up(max(stop - first for _, _, first, stop in spans), align) for spans in cuts]
-    return [(len(spans) * window, window, spans) for spans, window in zip(cuts, windows)]
+def _divisions(size, tile_pad, align):
+    """List the divisions of an axis into tiles, from a single tile to the smallest ones.
 
-
-def _spans(size, tile, tile_pad, align):
-    """Cuts 0..size into tiles at distances of `tile` -> [(start, stop, padded start, padded stop)].
-
-    All are computed on equally many pixels, padding included: those at the border have padding on one side only, and so
-    are larger themselves.
+    Each is (computed pixels in total, pixels of a padded tile, tiles as `_divide` returns them).
     """
-    number = max(1, -(-(size - 2 * tile_pad) // tile))
-    window = tile + 2 * tile_pad if number > 1 else size
-    spans = []
-    for n in range(number):
-        start, stop = n and n * tile + tile_pad, size if n == number - 1 else (n + 1) * tile + tile_pad
-        first = min(n * tile, _up(max(0, size - window), align))
-        spans.append((start, stop, first, min(size, first + window)))
-    return spans
+    counts = range(1, max(1, (size - 2 * tile_pad) // max(tile_pad, align)) + 1)
+    sizes = dict.fromkeys(max(align, _round_up(-(-(size - 2 * tile_pad) // count), align)) for count in counts)
+    divisions = [_divide(size, tile, tile_pad, align) for tile in sizes]
+    padded = [_round_up(max(stop - start for _, _, start, stop in tiles), align) for tiles in divisions]
+    return [(len(tiles) * pixels, pixels, tiles) for tiles, pixels in zip(divisions, padded)]
 
 
-def _up(number, multiple):
+def _divide(size, tile, tile_pad, align):
+    """Divide an axis into tiles of `tile` pixels and return [(start, stop, padded start, padded stop)].
+
+    All padded tiles have the same size, but for the last one, which may be smaller by less than `align`. Those at the border
+    are padded on one side only, so that the tiles themselves are larger there.
+    """
+    count = max(1, -(-(size - 2 * tile_pad) // tile))
+    padded = tile + 2 * tile_pad if count > 1 else size
+    tiles = []
+    for index in range(count):
+        start = index * tile + tile_pad if index else 0
+        stop = size if index == count - 1 else (index + 1) * tile + tile_pad
+        padded_start = min(index * tile, _round_up(max(0, size - padded), align))
+        tiles.append((start, stop, padded_start, min(size, padded_start + padded)))
+    return tiles
+
+
+def _round_up(number, multiple):
     return -(-number // multiple) * multiple
 
 
-def to_image(sr, rgb_range=255):
-    """1 x 3 x H x W in [0, rgb_range] -> uint8 H x W x 3 array, clamped and rounded."""
+def to_image(sr: torch.Tensor, rgb_range: float = 255) -> np.ndarray:
+    """Convert 1 x 3 x H x W in [0, rgb_range] to a uint8 array H x W x 3, clamped and rounded."""
     image = torch.empty(*sr.shape[2:], 3, dtype=torch.uint8, device=sr.device)
-    for channel, x in enumerate(sr[0]):  # one at a time: the image may be as large as memory
+    for channel, x in enumerate(sr[0]):  # one by one, since a float copy of a large image may not fit in memory
         x = x.float() if rgb_range == 255 else x.float() * (255 / rgb_range)
         image[..., channel] = x.clamp(0, 255).round_()
     return image.cpu().numpy()

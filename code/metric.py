@@ -1,36 +1,44 @@
-"""PSNR and SSIM as the field publishes them: on the Y channel of the 8-bit image, borders shaved."""
+"""PSNR and SSIM as super-resolution papers report them: on the Y channel of 8-bit images, with the borders shaved."""
 import numpy as np
-from skimage.metrics import structural_similarity
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-Y_WEIGHTS = np.array([65.481, 128.553, 24.966]) / 255  # ITU-R BT.601, as MATLAB's rgb2ycbcr
-
-
-def luma(image):
-    """uint8 H x W x 3 RGB -> float64 H x W in [16, 235], not rounded."""
-    return image @ Y_WEIGHTS + 16
+RGB_TO_Y = np.array([65.481, 128.553, 24.966]) / 255  # ITU-R BT.601, as in MATLAB's rgb2ycbcr
 
 
-def psnr(sr, hr, shave):
-    """dB between two uint8 H x W x 3 images on Y, `shave` pixels off each border; inf for equal ones."""
-    sr, hr = _prepare(sr, hr, shave)
-    error = np.mean((sr - hr) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+def rgb_to_y(image: np.ndarray) -> np.ndarray:
+    """Convert uint8 H x W x 3 RGB to float64 H x W luma in [16, 235], without rounding."""
+    return image @ RGB_TO_Y + 16
 
 
-def ssim(sr, hr, shave):
-    """0..1 between two uint8 H x W x 3 images on Y (Wang et al., TIP 2004: 11 x 11 Gaussian, sigma 1.5, valid region)."""
-    sr, hr = _prepare(sr, hr, shave)
+def psnr(sr: np.ndarray, hr: np.ndarray, shave: int) -> float:
+    """Compute the PSNR on Y, in dB; infinite for equal images.
+
+    sr, hr: uint8 H x W x 3, RGB. shave: pixels left out at each border. Raises ValueError for other types or unequal
+    shapes, and where no pixels are left.
+    """
+    sr, hr = _to_y(sr, hr, shave)
+    with np.errstate(divide="ignore"):  # of equal images
+        return float(peak_signal_noise_ratio(hr, sr, data_range=255))
+
+
+def ssim(sr: np.ndarray, hr: np.ndarray, shave: int) -> float:
+    """Compute the SSIM on Y, with an 11 x 11 Gaussian window of sigma 1.5 within the image (Wang et al., TIP 2004).
+
+    Arguments and errors are those of `psnr`; ValueError also where fewer than 11 x 11 pixels are left.
+    """
+    sr, hr = _to_y(sr, hr, shave)
     if min(sr.shape) < 11:
-        raise ValueError(f"SSIM needs 11 pixels a side, there are {sr.shape} after shaving {shave}")
+        raise ValueError(f"SSIM needs at least 11 x 11 pixels, but {sr.shape[0]} x {sr.shape[1]} are left after shaving "
+                         f"{shave} pixels off each border")
     return float(structural_similarity(sr, hr, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
                                        data_range=255))
 
 
-def _prepare(sr, hr, shave):
+def _to_y(sr, hr, shave):
     if sr.shape != hr.shape or sr.ndim != 3 or sr.shape[2] != 3 or sr.dtype != np.uint8 or hr.dtype != np.uint8:
-        raise ValueError(f"needs two uint8 H x W x 3 images of one size, not {sr.dtype} {sr.shape} and "
+        raise ValueError(f"the metrics need two uint8 H x W x 3 images of equal size, not {sr.dtype} {sr.shape} and "
                          f"{hr.dtype} {hr.shape}")
     if min(sr.shape[:2]) <= 2 * shave:
-        raise ValueError(f"nothing is left of {sr.shape[:2]} pixels after shaving {shave} off each border")
+        raise ValueError(f"no pixels are left of {sr.shape[0]} x {sr.shape[1]} after shaving {shave} off each border")
     inner = slice(shave, -shave or None)
-    return luma(sr[inner, inner]), luma(hr[inner, inner])
+    return rgb_to_y(sr[inner, inner]), rgb_to_y(hr[inner, inner])

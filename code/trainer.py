@@ -18,7 +18,7 @@ from model import describe
 from schedule import learning_rate, make_optimizer
 from system import distributed
 from system.errors import UserError
-from system.memory_budget import memory_kept
+from system.memory_budget import retain_freed_memory
 from system.signals import Interruption
 
 log = logging.getLogger("sr")
@@ -53,7 +53,7 @@ class Trainer:
         if args.compile:
             self.distiller.compile_networks(args.batch_size // (distributed.world_size() * args.split_batch),
                                             args.patch_size // args.scale)
-        with Interruption() as self.interruption, memory_kept(self.device):
+        with Interruption() as self.interruption, retain_freed_memory(self.device):
             batches = iter(make_batches(args, self.crops, self.iteration, self.iterations, self.device.type == "cuda"))
             while len(self.history) < args.epochs and not self.interrupted():
                 if self.train_epoch(batches):

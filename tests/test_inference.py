@@ -1,4 +1,4 @@
-"""Upscaling in tiles and over orientations, and the way back to an image."""
+"""Tiled inference, its memory budget, self-ensemble, and conversion to images."""
 from argparse import Namespace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ def seed():
 
 
 class Nearest(nn.Module):
-    """Repeats each pixel, whatever the tiles and orientations; keeps its inputs."""
+    """Nearest-neighbour upscaling, which tiles and flips do not change; records its inputs."""
     scale, rgb_range = 2, 255
 
     def __init__(self, window=1, receptive_field=3):
@@ -37,8 +37,8 @@ class Nearest(nn.Module):
         return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
-def places(height, width, images=1):
-    """Images whose channels hold the row, the column and the number of the image of each pixel."""
+def coordinates(height, width, images=1):
+    """Make images whose channels are the row, the column and the index of the image of each pixel."""
     rows = torch.arange(height).view(1, 1, -1, 1).expand(images, 1, height, width)
     columns = torch.arange(width).expand(images, 1, height, width)
     return torch.cat([rows, columns, torch.arange(images).view(-1, 1, 1, 1).expand_as(rows)], 1).float()
@@ -54,20 +54,20 @@ def edsr():
 
 @pytest.mark.parametrize("tile", [1, 3, 7, 16, 40, None])
 @pytest.mark.parametrize("size", [(20, 33), (9, 40), (5, 4)])
-def test_tiles_of_a_finite_network_make_the_whole_image(edsr, size, tile):
+def test_tiles_of_a_network_with_a_receptive_field_equal_the_whole_image(edsr, size, tile):
     lr = 255 * torch.rand(1, 3, *size)
     with torch.no_grad():
         assert torch.allclose(inference.chop(edsr, lr, tile), edsr(lr), rtol=0, atol=0.02)
 
 
-def test_tiles_with_too_small_a_halo_do_not(edsr):
+def test_tiles_with_too_small_an_overlap_do_not(edsr):
     lr = 255 * torch.rand(1, 3, 20, 33)
     with torch.no_grad():
         assert (inference.chop(edsr, lr, tile=7, tile_pad=2) - edsr(lr)).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("n_resblocks, scale", [(1, 2), (3, 3), (2, 4), (1, 8)])
-def test_receptive_field_is_what_the_network_sees(n_resblocks, scale):
+def test_receptive_field_equals_the_support_of_the_gradient(n_resblocks, scale):
     net = EDSR(scale, n_resblocks, n_feats=4).double()
     lr = (255 * torch.rand(1, 3, 31, 31, dtype=torch.float64)).requires_grad_()
     net(lr)[..., 15 * scale:16 * scale, 15 * scale:16 * scale].sum().backward()
@@ -75,9 +75,9 @@ def test_receptive_field_is_what_the_network_sees(n_resblocks, scale):
     assert 15 - rows.min() == rows.max() - 15 == min(net.receptive_field, 15)
 
 
-def test_tiles_of_a_network_that_sees_everything_come_close():
+def test_tiles_of_a_network_with_global_operations_are_close():
     net = RCAN(2, n_resgroups=2, n_resblocks=2, n_feats=8, reduction=4).eval()
-    lr = 20 * places(60, 70).remainder(12)
+    lr = 20 * coordinates(60, 70).remainder(12)
     with torch.no_grad():
         whole, tiled = net(lr), inference.chop(net, lr, tile=24)
     assert 0 < (whole - tiled).abs().max() < 1
@@ -86,21 +86,21 @@ def test_tiles_of_a_network_that_sees_everything_come_close():
 @pytest.mark.parametrize("tile, tile_pad", [(None, None), (5, 0), (5, 2), (16, 3), (1, 1), (100, 9)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (37, 23), (40, 16)])
 @pytest.mark.parametrize("window", [1, 8])
-def test_every_pixel_is_written_from_its_own_place(monkeypatch, size, tile, tile_pad, window):
+def test_every_output_pixel_comes_from_its_own_input_pixel(monkeypatch, size, tile, tile_pad, window):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, torch.nan))
-    net, lr = Nearest(window), places(*size)
+    net, lr = Nearest(window), coordinates(*size)
     assert torch.equal(inference.chop(net, lr, tile, tile_pad), net(lr))
 
 
-def test_images_of_a_batch_keep_apart():
-    net, lr = Nearest(), places(30, 41, images=3)
+def test_images_of_a_batch_do_not_mix():
+    net, lr = Nearest(), coordinates(30, 41, images=3)
     assert torch.equal(inference.chop(net, lr, tile=8), net(lr))
 
 
 @pytest.mark.parametrize("size", [(19, 37), (24, 24)])
 @pytest.mark.parametrize("window, receptive_field", [(1, 3), (8, 5), (1, 0)])
-def test_images_of_a_batch_are_computed_together_where_they_fit(size, window, receptive_field):
-    net, lr = Nearest(window, receptive_field), places(*size, images=5)
+def test_tiles_of_several_images_are_batched_where_they_fit(size, window, receptive_field):
+    net, lr = Nearest(window, receptive_field), coordinates(*size, images=5)
     assert torch.equal(inference.chop(net, lr, memory=memory_of(net, 2000)), net(lr))
     inputs = tiles_of(net)[:-1]
     assert max(map(len, inputs)) > 1 and max(len(x) * padded(x, window) for x in inputs) <= 2000
@@ -109,13 +109,13 @@ def test_images_of_a_batch_are_computed_together_where_they_fit(size, window, re
 # ---- the memory of tiles
 
 def memory_of(net, pixels):
-    """Bytes that LR pixels of the network take, and half a pixel for the rounding."""
-    return memory_budget.memory_of(net, torch.device("cpu"), pixels + 0.5)
+    """Return the bytes that LR pixels take, and those of half a pixel against rounding."""
+    return memory_budget.required_memory(net, torch.device("cpu"), pixels + 0.5)
 
 
 def tiles_of(net):
-    """What a Nearest got but for the two images that find out how much memory it takes."""
-    assert [x.shape[2] for x in net.inputs[:2]] == [8, memory_budget.PROBE]
+    """Return the inputs of a Nearest without the two images with which its memory was measured."""
+    assert [x.shape[2] for x in net.inputs[:2]] == [8, memory_budget.PROBE_SIZE]
     return net.inputs[2:]
 
 
@@ -126,7 +126,7 @@ def padded(x, window):
 @pytest.mark.parametrize("size, window, receptive_field", [
     ((1500, 900), 1, 3), ((1500, 900), 1, 36), ((1500, 900), 8, None), ((1003, 17), 8, None), ((300, 2000), 1, 40)])
 @pytest.mark.parametrize("pixels", [15000, 40000, 10**7])
-def test_what_is_computed_at_once_is_bounded(size, window, receptive_field, pixels):
+def test_the_pixels_of_a_forward_pass_are_bounded(size, window, receptive_field, pixels):
     net = Nearest(window, receptive_field)
     inference.chop(net, torch.zeros(1, 3, *size), memory=memory_of(net, pixels))
     areas = [len(x) * padded(x, window) for x in tiles_of(net)]
@@ -146,7 +146,7 @@ def test_more_memory_means_fewer_pixels_computed(edsr):
 
 @pytest.mark.parametrize("pixels", [1000, 1500, 4000, 10000])
 @pytest.mark.parametrize("size", [(61, 97), (20, 33), (120, 7)])
-def test_whatever_the_memory_a_finite_network_gives_the_same(edsr, size, pixels):
+def test_the_result_of_a_network_with_a_receptive_field_does_not_depend_on_the_memory(edsr, size, pixels):
     lr = 255 * torch.rand(1, 3, *size)
     with torch.no_grad():
         assert torch.allclose(inference.chop(edsr, lr, memory=memory_of(edsr, pixels)), edsr(lr), rtol=0, atol=0.02)
@@ -156,14 +156,14 @@ def test_whatever_the_memory_a_finite_network_gives_the_same(edsr, size, pixels)
                                   lambda: RCAN(4, n_resgroups=2, n_resblocks=2, n_feats=8, reduction=4),
                                   lambda: SwinIR(2, depths=(2, 2), n_feats=8, num_heads=(2, 2))])
 @pytest.mark.parametrize("pixels", [15000, 30000])
-def test_tiles_take_no_more_than_the_memory(make, pixels):
+def test_the_peak_memory_of_tiles_is_within_the_budget(make, pixels):
     net, lr = make().eval(), torch.rand(1, 3, 250, 180)
     memory = memory_of(net, pixels)
     sr, peak = peak_memory(lambda: inference.chop(net, lr, memory=memory), torch.device("cpu"))
     assert memory / 4 < peak - sr.nbytes < memory
 
 
-def test_a_network_is_measured_once_for_each_precision(edsr):
+def test_memory_is_measured_once_per_network_and_precision(edsr):
     net, lr = Nearest(), torch.rand(1, 3, 50, 50)
     for _ in range(2):
         inference.chop(net, lr)
@@ -173,11 +173,11 @@ def test_a_network_is_measured_once_for_each_precision(edsr):
     assert len(small.inputs) == 1
     single = memory_budget.bytes_per_pixel(edsr, torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert memory_budget.bytes_per_pixel(edsr, torch.device("cpu")) < single  # the maps, not the image
+        assert memory_budget.bytes_per_pixel(edsr, torch.device("cpu")) < single  # feature maps are bf16, the image is not
     assert memory_budget.bytes_per_pixel(edsr, torch.device("cpu")) == single
 
 
-def test_weights_do_not_count_as_memory_of_pixels():
+def test_memory_per_pixel_excludes_the_weights():
     taken = []
     for n_resblocks in (1, 40):
         with torch.autocast("cpu", torch.bfloat16):
@@ -185,12 +185,12 @@ def test_weights_do_not_count_as_memory_of_pixels():
     assert taken[1] <= 1.3 * taken[0]
 
 
-def test_memory_that_holds_no_tile_gets_one_line(edsr):
-    with pytest.raises(UserError, match=r"--chop_mem 1e-05: the smallest tile .* takes about 0\.\d+ GB"):
+def test_memory_too_small_for_any_tile_is_reported(edsr):
+    with pytest.raises(UserError, match=r"--chop_mem 1e-05: the smallest tiles .* take about 0\.\d+ GB"):
         inference.chop(edsr, torch.rand(1, 3, 50, 50), memory=1e4)
 
 
-def test_the_default_is_half_of_what_is_free_but_for_networks_that_look_at_the_whole_image(monkeypatch):
+def test_the_default_memory_is_half_of_the_free_memory_or_fixed_for_networks_with_global_operations(monkeypatch):
     monkeypatch.setattr(memory_budget, "free_memory", lambda device: 6e9)
     cpu = torch.device("cpu")
     assert memory_budget.default_memory(Nearest(), cpu) == 3e9
@@ -205,7 +205,7 @@ MEMINFO = "MemTotal: 8000 kB\nMemFree: 1000 kB\nMemAvailable:    4000 kB\n"
 @pytest.mark.parametrize("files, free", [
     ({}, 4096000), ({"max": "max", "current": "1000"}, 4096000), ({"max": "3000000", "current": "1000000"}, 2300000),
     ({"max": "3000000", "current": "3500000"}, 0), ({"max": "9000000", "current": "1000000"}, 4096000)])
-def test_free_memory_is_what_the_system_and_the_container_leave(monkeypatch, tmp_path, files, free):
+def test_free_memory_is_bounded_by_the_system_and_the_container(monkeypatch, tmp_path, files, free):
     for name, text in {**files, **({"stat": "anon 5\ninactive_file 300000\nactive_file 7\n"} if files else {})}.items():
         (tmp_path / f"memory.{name}").write_text(text + "\n")
     (tmp_path / "meminfo").write_text(MEMINFO)
@@ -214,19 +214,19 @@ def test_free_memory_is_what_the_system_and_the_container_leave(monkeypatch, tmp
     assert memory_budget.free_memory(torch.device("cpu")) == free
 
 
-def test_free_memory_of_a_gpu_is_the_systems_and_what_the_allocator_holds_back(monkeypatch):
+def test_free_memory_of_a_gpu_includes_the_reserve_of_the_allocator(monkeypatch):
     for name, value in (("mem_get_info", (7000, 9000)), ("memory_reserved", 500), ("memory_allocated", 200)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert memory_budget.free_memory(torch.device("cuda")) == 7300
 
 
-def test_free_memory_is_half_of_the_machine_where_no_file_says(monkeypatch, tmp_path):
+def test_free_memory_is_half_of_the_installed_memory_without_proc(monkeypatch, tmp_path):
     monkeypatch.setattr(memory_budget, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory_budget.os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
     assert memory_budget.free_memory(torch.device("cpu")) == 2048000
 
 
-def test_the_c_library_keeps_memory_only_while_tiles_are_computed(monkeypatch):
+def test_malloc_retains_memory_only_while_tiles_are_computed(monkeypatch):
     calls = []
 
     class Library:
@@ -236,19 +236,19 @@ def test_the_c_library_keeps_memory_only_while_tiles_are_computed(monkeypatch):
         def malloc_trim(self, pad):
             calls.append("trim")
 
-    class Watching(Nearest):
+    class Recording(Nearest):
         def forward(self, x):
             calls.append("forward")
             return super().forward(x)
 
     monkeypatch.setattr(memory_budget.ctypes, "CDLL", lambda name: Library())
-    inference.chop(Watching(), torch.rand(1, 3, 9, 9))
-    assert calls == [*memory_budget.KEEP.items(), "forward", *memory_budget.GIVE_BACK.items(), "trim"]
+    inference.chop(Recording(), torch.rand(1, 3, 9, 9))
+    assert calls == [*memory_budget.RETAIN.items(), "forward", *memory_budget.RELEASE.items(), "trim"]
     monkeypatch.setattr(memory_budget.ctypes, "CDLL", lambda name: object())  # another C library
     assert inference.chop(Nearest(), torch.rand(1, 3, 9, 9)).shape == (1, 3, 18, 18)
 
 
-def test_out_of_memory_makes_tiles_smaller(caplog):
+def test_running_out_of_memory_makes_tiles_smaller(caplog):
     class Tight(Nearest):
         def forward(self, x):
             if x.shape[2] * x.shape[3] > 5000:
@@ -256,8 +256,8 @@ def test_out_of_memory_makes_tiles_smaller(caplog):
             return super().forward(x)
 
     caplog.set_level("INFO", "sr")
-    net, lr = Tight(), places(150, 130)
-    assert torch.equal(inference.chop(net, lr), places(150, 130).repeat_interleave(2, 2).repeat_interleave(2, 3))
+    net, lr = Tight(), coordinates(150, 130)
+    assert torch.equal(inference.chop(net, lr), coordinates(150, 130).repeat_interleave(2, 2).repeat_interleave(2, 3))
     assert len(caplog.messages) >= 2 and all("out of memory" in line for line in caplog.messages)
     with pytest.raises(torch.OutOfMemoryError):
         inference.chop(Tight(receptive_field=40), lr)
@@ -266,29 +266,29 @@ def test_out_of_memory_makes_tiles_smaller(caplog):
 # ---- the grid of tiles
 
 @pytest.mark.parametrize("size", [(100, 61), (64, 64), (7, 130)])
-def test_tiles_start_on_the_grid_of_windows(size):
+def test_tiles_start_at_multiples_of_the_window(size):
     net = Nearest(window=8)
-    inference.chop(net, places(*size), tile=17, tile_pad=5)
+    inference.chop(net, coordinates(*size), tile=17, tile_pad=5)
     starts = torch.cat([x[:, :2, 0, 0] for x in net.inputs])
     assert len(starts) > 3
     assert not starts.remainder(8).any()
 
 
 @pytest.mark.parametrize("window", [1, 8])
-def test_a_tile_has_its_halo_unless_the_image_ends(window):
+def test_tiles_overlap_by_twice_the_padding(window):
     net = Nearest(window)
-    inference.chop(net, places(70, 90), tile=20, tile_pad=6)
+    inference.chop(net, coordinates(70, 90), tile=20, tile_pad=6)
     columns = sorted({(int(x[1, 0, 0]), int(x[1, 0, -1])) for batch in net.inputs for x in batch})
     assert columns[0][0] == 0
     assert columns[-1][1] == 89
     assert all(last - first + 1 >= 12 for (_, last), (first, _) in pairwise(columns))
 
 
-def test_tiles_need_no_gradient(edsr):
+def test_tiles_are_computed_without_gradients(edsr):
     assert not inference.chop(edsr, torch.rand(1, 3, 9, 9), tile=4).requires_grad
 
 
-# ---- orientations
+# ---- self-ensemble
 
 def test_self_ensemble_is_the_mean_over_8_orientations(edsr):
     lr = 255 * torch.rand(1, 3, 9, 14)
@@ -304,33 +304,33 @@ def test_self_ensemble_is_the_mean_over_8_orientations(edsr):
 
 
 def test_self_ensemble_leaves_an_equivariant_function_alone():
-    net, lr = Nearest(), places(9, 14)
+    net, lr = Nearest(), coordinates(9, 14)
     assert torch.equal(inference.ensemble(net, lr), net(lr))
 
 
-@pytest.mark.parametrize("chop_tiles", [False, True])
+@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("self_ensemble", [False, True])
-def test_upscale_does_what_the_flags_say(chop_tiles, self_ensemble):
-    net, lr = Nearest(), places(20, 30)
+def test_upscale_combines_tiles_and_self_ensemble(tiled, self_ensemble):
+    net, lr = Nearest(), coordinates(20, 30)
     memory = memory_of(net, 150)
-    assert torch.equal(inference.upscale(net, lr, chop_tiles, self_ensemble, memory), net(lr))
+    assert torch.equal(inference.upscale(net, lr, tiled, self_ensemble, memory), net(lr))
     inputs = tiles_of(net)[:-1]
-    assert (max(x.shape[2] * x.shape[3] for x in inputs) <= 150) == chop_tiles
-    assert len(inputs) == 8**self_ensemble or chop_tiles
+    assert (max(x.shape[2] * x.shape[3] for x in inputs) <= 150) == tiled
+    assert len(inputs) == 8**self_ensemble or tiled
     assert any(x[0, 0, 0, 0] > x[0, 0, -1, 0] for x in inputs) == self_ensemble
 
 
 @pytest.mark.parametrize("chop_mem", [None, 2e-4])
-def test_an_image_is_held_once_as_numbers_beside_the_tiles(chop_mem):
+def test_the_peak_memory_of_an_image_is_a_few_times_its_size(chop_mem):
     net, image = Nearest(), (np.arange(400 * 300 * 3) % 251).astype(np.uint8).reshape(400, 300, 3)
     args = Namespace(chop=True, chop_mem=chop_mem, self_ensemble=False, precision="single")
     upscale = evaluation.by_network(net, torch.device("cpu"), args)
     sr, peak = peak_memory(lambda: upscale(image), torch.device("cpu"))
     assert np.array_equal(sr, image.repeat(2, 0).repeat(2, 1)) and sr.flags.c_contiguous
     areas = [x.shape[2] * x.shape[3] for x in tiles_of(net)]
-    most = chop_mem and chop_mem * 1e9 / memory_budget.memory_of(net, torch.device("cpu"), 1)
+    most = chop_mem and chop_mem * 1e9 / memory_budget.required_memory(net, torch.device("cpu"), 1)
     assert max(areas) <= most if chop_mem else len(areas) == 1
-    assert not chop_mem or peak < 9 * sr.nbytes  # 4 of them are its floats, 2 its input and what Nearest keeps
+    assert not chop_mem or peak < 9 * sr.nbytes  # float32 output: 4, input and the inputs that Nearest records: 2
 
 
 # ---- images
@@ -345,15 +345,15 @@ def test_to_image_clamps_and_rounds(rgb_range):
     assert image.transpose(2, 0, 1).ravel().tolist() == [0, 0, 0, 1, 127, 128, 255, 255, 255]
 
 
-def test_kept_memory_is_given_back_by_the_outermost_alone(monkeypatch):
-    asked = []
-    libc = SimpleNamespace(mallopt=lambda *option: asked.append(option), malloc_trim=lambda _: asked.append("trim"))
+def test_retained_memory_is_released_by_the_outermost_context_only(monkeypatch):
+    calls = []
+    libc = SimpleNamespace(mallopt=lambda *option: calls.append(option), malloc_trim=lambda _: calls.append("trim"))
     monkeypatch.setattr(memory_budget.ctypes, "CDLL", lambda _: libc)
-    with memory_budget.memory_kept(torch.device("cpu")):
-        with memory_budget.memory_kept(torch.device("cpu")):
+    with memory_budget.retain_freed_memory(torch.device("cpu")):
+        with memory_budget.retain_freed_memory(torch.device("cpu")):
             pass
-        assert asked == list(memory_budget.KEEP.items())
-    assert asked == [*memory_budget.KEEP.items(), *memory_budget.GIVE_BACK.items(), "trim"]
-    with pytest.raises(KeyError), memory_budget.memory_kept(torch.device("cpu")):
+        assert calls == list(memory_budget.RETAIN.items())
+    assert calls == [*memory_budget.RETAIN.items(), *memory_budget.RELEASE.items(), "trim"]
+    with pytest.raises(KeyError), memory_budget.retain_freed_memory(torch.device("cpu")):
         raise KeyError
-    assert asked[-1] == "trim" and not memory_budget._keeping
+    assert calls[-1] == "trim" and not memory_budget._retaining

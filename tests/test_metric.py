@@ -1,4 +1,4 @@
-"""PSNR and SSIM against golden values and plain formulas."""
+"""PSNR and SSIM against golden values and direct implementations of their formulas."""
 import json
 
 import numpy as np
@@ -17,7 +17,7 @@ def images():
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_scores_agree_with_published_code(images, scale):
+def test_metrics_equal_those_of_published_code(images, scale):
     assert psnr(*images, scale) == pytest.approx(EXPECTED[f"x{scale}"]["psnr_y"], abs=1e-3)
     assert ssim(*images, scale) == pytest.approx(EXPECTED[f"x{scale}"]["ssim_y"], abs=1e-5)
 
@@ -26,7 +26,7 @@ def luma(image):
     return 16 + (65.481 * image[..., 0] + 128.553 * image[..., 1] + 24.966 * image[..., 2]) / 255
 
 
-def test_psnr_is_that_of_luma_within_the_borders(images):
+def test_psnr_is_computed_on_luma_within_the_borders(images):
     a, b = (luma(image)[3:-3, 3:-3] for image in images)
     assert psnr(*images, 3) == pytest.approx(20 * np.log10(255 / np.sqrt(((a - b) ** 2).mean())), abs=1e-9)
 
@@ -35,8 +35,8 @@ def test_psnr_is_that_of_luma_within_the_borders(images):
 def test_ssim_is_the_mean_over_gaussian_windows(images, shave):
     a, b = (luma(image[:17 + 2 * shave, :15 + 2 * shave]) for image in images)
     a, b = (image[shave:shave + 17, shave:shave + 15] for image in (a, b))
-    bell = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5**2))
-    window = np.outer(bell, bell) / bell.sum() ** 2
+    gaussian = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5**2))
+    window = np.outer(gaussian, gaussian) / gaussian.sum() ** 2
     values = []
     for y in range(17 - 10):
         for x in range(15 - 10):
@@ -51,32 +51,32 @@ def test_ssim_is_the_mean_over_gaussian_windows(images, shave):
     assert found == pytest.approx(np.mean(values), abs=1e-9)
 
 
-def test_equal_images_score_best(images):
+def test_metrics_of_equal_images(images):
     assert psnr(images[0], images[0], 2) == float("inf")
     assert ssim(images[0], images[0], 2) == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("score", [psnr, ssim])
-def test_what_is_shaved_does_not_count(images, score):
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_shaved_borders_do_not_count(images, metric):
     a, b = images
     spoilt = b.copy()
     spoilt[:4], spoilt[-4:], spoilt[:, :4], spoilt[:, -4:] = 0, 0, 255, 255
-    assert score(a, spoilt, 4) == score(a, b, 4)
-    assert score(a, spoilt, 3) < score(a, b, 3)
+    assert metric(a, spoilt, 4) == metric(a, b, 4)
+    assert metric(a, spoilt, 3) < metric(a, b, 3)
 
 
-@pytest.mark.parametrize("score", [psnr, ssim])
+@pytest.mark.parametrize("metric", [psnr, ssim])
 @pytest.mark.parametrize("change", [lambda x: x[1:], lambda x: x.astype(float), lambda x: x[..., 0], lambda x: x[..., :2]],
                          ids=["shape", "type", "grey", "channels"])
-def test_images_that_cannot_be_compared_are_refused(images, score, change):
+def test_images_that_cannot_be_compared_are_refused(images, metric, change):
     a, b = images
-    with pytest.raises(ValueError, match="needs two uint8"):
-        score(a, change(b), 2)
+    with pytest.raises(ValueError, match="two uint8 H x W x 3 images of equal size"):
+        metric(a, change(b), 2)
 
 
 def test_images_too_small_for_their_borders_are_refused(images):
     a, b = (image[:8] for image in images)
-    with pytest.raises(ValueError, match="nothing is left"):
+    with pytest.raises(ValueError, match="no pixels are left of 8 x 36"):
         psnr(a, b, 4)
-    with pytest.raises(ValueError, match="11 pixels a side"):
+    with pytest.raises(ValueError, match="at least 11 x 11 pixels, but 4 x 32 are left"):
         ssim(a, b, 2)

@@ -1,4 +1,4 @@
-"""Views of a batch, label consistency on the student's side, and the step that sums them, against DUKD's plain way."""
+"""Views of a batch, label consistency of the student, and the training step against the reference implementation."""
 import csv
 
 import loss
@@ -13,8 +13,9 @@ from data.views import View, forward_by_size, make_views, plan
 from loss.consistency import draw, with_label_consistency
 from model.edsr import EDSR
 from model.rcan import RCAN
-from reference.dukd import make_trainer, plain_loss, plain_views, two_ways
+from reference import dukd
 from system.errors import UserError
+from test_distributed import make_trainer
 from test_training import assert_same_weights, flags, teacher  # noqa: F401 - fixtures
 
 SMALL = dict(n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4)
@@ -232,19 +233,19 @@ def test_a_perturbed_input_is_mapped_back_on_output_and_maps():
     assert torch.equal(found.sr, repeat(x).sr) and torch.equal(torch.get_rng_state(), state)
 
 
-# ---- the step of the trainer, against the plain way
+# ---- the training step, against the reference implementation
 
 STEP = "--cpu --scale 2 --patch_size 16 "
 
 
-def test_the_step_has_the_values_and_gradients_of_the_plain_way():
+def test_the_step_has_the_values_and_gradients_of_the_reference():
     torch.manual_seed(0)
     student, net = RCAN(2, **SMALL), EDSR(2, n_resblocks=2, n_feats=12)
-    loop = make_trainer(student, net, STEP + "--loss 5*DS+1*TS --upcycle 1*zoom_in+1*zoom_out --n_zoom_in 2 "
-                        "--label_consistency 0.5 --lr 1e-30")
+    step = dukd.make_step(student, net, STEP + "--loss 5*DS+1*TS --upcycle 1*zoom_in+1*zoom_out --n_zoom_in 2 "
+                          "--label_consistency 0.5 --lr 1e-30")
     lr, hr = batch(2, count=4)
     torch.manual_seed(5)
-    values = loop.step(lr, hr)
+    values = step(lr, hr)
     found = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
 
     torch.manual_seed(5)
@@ -252,25 +253,26 @@ def test_the_step_has_the_values_and_gradients_of_the_plain_way():
     operations = [draw(torch.zeros(count, 3, 8, 8), 0.5) for count in (4, 8, 4)]
     net.requires_grad_(True)
     student.zero_grad()
-    total = sum(plain_loss(student, net, x, y, of_view, (5, 1))
-                for (_, x, y), of_view in zip(plain_views(lr, hr, 2, tiles), operations))
+    total = sum(dukd.view_loss(student, net, *view, of_view, (5, 1))
+                for view, of_view in zip(dukd.make_views(lr, hr, 2, tiles), operations))
     total.backward()
     assert values.sum().item() == pytest.approx(total.item(), rel=1e-5)
     for name, parameter in student.named_parameters():
         assert (found[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
 
 
-def test_both_ways_of_the_benchmark_learn_the_same():
+def test_the_step_and_its_reference_reduce_the_loss_alike():
     torch.manual_seed(0)
-    ours, plain = two_ways(RCAN(2, **SMALL), EDSR(2, n_resblocks=1, n_feats=8), *batch(2, count=3), more="--lr 1e-3 --cpu")
-    first = ours().sum().item(), sum(plain()).item()
+    ours, reference = dukd.make_steps(RCAN(2, **SMALL), EDSR(2, n_resblocks=1, n_feats=8), *batch(2, count=3),
+                                      flags="--lr 1e-3 --cpu")
+    first = ours().sum().item(), sum(reference()).item()
     assert first[0] == pytest.approx(first[1], rel=0.3)
     for _ in range(20):
-        last = ours().sum().item(), sum(plain()).item()
+        last = ours().sum().item(), sum(reference()).item()
     assert last[0] < 0.99 * first[0] and last[1] < 0.99 * first[1]
 
 
-def test_the_teacher_runs_without_a_graph_once_per_size_and_only_where_asked(monkeypatch):
+def test_the_teacher_runs_without_a_graph_once_per_size_and_only_where_needed(monkeypatch):
     student, net = RCAN(2, **SMALL), EDSR(2, n_resblocks=1, n_feats=8)
     calls = []
     forward = net.forward
@@ -283,21 +285,20 @@ def test_the_teacher_runs_without_a_graph_once_per_size_and_only_where_asked(mon
             ("1*DS+1*TS+1*SA", "--view_terms SA", [(12, True, False), (4, True, False)]),
             ("1*DS+1*TS+1*T_DS", "--width_mult 0.5", [(8, False, False), (4, False, False), (4, False, True)])):
         calls.clear()
-        make_trainer(student, net, f"{STEP} --loss {terms} {upcycle} {more}").step(*batch(2, count=4))
+        dukd.make_step(student, net, f"{STEP} --loss {terms} {upcycle} {more}")(*batch(2, count=4))
         assert calls == expected, (terms, more)
     calls.clear()
-    make_trainer(student, net, STEP + "--loss 1*DS --upcycle zoom_out").step(*batch(2, count=4))
+    dukd.make_step(student, net, STEP + "--loss 1*DS --upcycle zoom_out")(*batch(2, count=4))
     assert not calls
 
 
-def test_terms_that_remember_are_updated_once_from_the_plain_view(monkeypatch):
-    student, net = RCAN(2, **SMALL), EDSR(2, n_resblocks=1, n_feats=8)
-    loop = make_trainer(student, net, STEP + "--loss 1*DS+1*TS+0.1*GAN --upcycle zoom_in+zoom_out --label_consistency 0.3")
-    seen = []
-    for term in loop.loss.terms.values():
-        monkeypatch.setattr(term, "update", lambda step: seen.append(step.view))
-    loop.step(*batch(2))
-    assert seen == ["original"] * 3
+def test_terms_with_state_are_updated_once_with_the_original_view(monkeypatch):
+    trainer = make_trainer("--loss 1*DS+1*TS+0.1*GAN --upcycle zoom_in+zoom_out --label_consistency 0.3")
+    views = []
+    for term in trainer.loss.terms.values():
+        monkeypatch.setattr(term, "update", lambda inputs: views.append(inputs.view))
+    trainer.step(*batch(2, side=16))
+    assert views == ["original"] * 3
 
 
 # ---- whole runs

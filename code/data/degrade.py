@@ -1,8 +1,8 @@
-"""Bicubic resizing, bit-identical to the official LR_bicubic images, which MATLAB's imresize made.
+"""Bicubic resizing, bit-identical to MATLAB's imresize, which made the official LR_bicubic images.
 
-MATLAB widens the kernel when it shrinks (antialiasing), extends the image symmetrically, works on one axis after the other
-(height first) and rounds to uint8 after each. PyTorch's antialiased bicubic has the same kernel (a = -0.5) but clips it at
-the border, hence the extension here.
+For downscaling MATLAB widens the kernel (antialiasing). It extends the image symmetrically, resizes one axis after the other
+(height first), and rounds to uint8 after each. PyTorch's antialiased bicubic has the same kernel (a = -0.5), but truncates
+and renormalises it at the border; therefore images are extended here before they are resized, and cropped afterwards.
 """
 from functools import lru_cache
 
@@ -10,59 +10,61 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MARGIN = 4  # pixels of the smaller image on each side; the kernel reaches 2
+MARGIN = 4  # pixels of the smaller image by which each side is extended; the kernel's radius is 2
 
 
-def downscale(image, scale):
-    """uint8 H x W x 3 -> uint8 H/s x W/s x 3, after a crop to a multiple of the scale."""
-    image = crop_to_multiple(image, scale)
+def downscale(image: np.ndarray, scale: int) -> np.ndarray:
+    """Downscale uint8 H x W x C by an integer factor to H/s x W/s x C, after a crop to a multiple of the scale.
+
+    Raises ValueError for an image smaller than the scale.
+    """
+    return _to_array(downscale_batch(_to_batch(image), scale))
+
+
+def upscale(image: np.ndarray, scale: int) -> np.ndarray:
+    """Upscale uint8 H x W x C by an integer factor to sH x sW x C."""
     height, width = image.shape[:2]
-    if not (height and width):
-        raise ValueError(f"an image smaller than the scale {scale} cannot be downscaled")
-    return _resize(image, height // scale, width // scale, MARGIN * scale, MARGIN)
+    return _to_array(_resize(_to_batch(image), height * scale, width * scale, MARGIN, MARGIN * scale))
 
 
-def upscale(image, scale):
-    """uint8 H x W x 3 -> uint8 sH x sW x 3."""
-    height, width = image.shape[:2]
-    return _resize(image, height * scale, width * scale, MARGIN, MARGIN * scale)
+def downscale_batch(images: torch.Tensor, scale: int) -> torch.Tensor:
+    """Downscale a batch N x C x H x W in [0, 255], uint8 or floating-point, as `downscale` does each of its images.
 
-
-def downscale_batch(images, scale):
-    """N x C x H x W in [0, 255], uint8 or floating -> N x C x H/s x W/s of whole numbers, of the same type and device.
-
-    What `downscale` makes of each image, after the same crop to a multiple of the scale.
+    Returns whole numbers N x C x H/s x W/s of the same dtype, on the same device.
     """
     height, width = (size // scale for size in images.shape[2:])
     if not (height and width):
         raise ValueError(f"an image smaller than the scale {scale} cannot be downscaled")
     images = images[..., :height * scale, :width * scale]
-    return _resize_batch(images, height, width, MARGIN * scale, MARGIN)
+    return _resize(images, height, width, MARGIN * scale, MARGIN)
 
 
-def crop_to_multiple(image, scale):
-    """Cuts H x W x ... at the bottom and right to multiples of the scale; a view."""
+def crop_to_multiple(image: np.ndarray, scale: int) -> np.ndarray:
+    """Crop H x W x ... at the bottom and right to multiples of the scale, and return a view."""
     height, width = image.shape[:2]
     return image[:height - height % scale, :width - width % scale]
 
 
-def _resize(image, height, width, before, after):
-    """`_resize_batch` of one array H x W x C."""
-    batch = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    return np.ascontiguousarray(_resize_batch(batch, height, width, before, after)[0].permute(1, 2, 0).numpy())
+def _to_batch(image):
+    """Copy H x W x C to 1 x C x H x W."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
-def _resize_batch(x, height, width, before, after):
-    """Resizes each axis in turn, extended by `before` pixels and cropped by `after` of the result."""
+def _to_array(batch):
+    return np.ascontiguousarray(batch[0].permute(1, 2, 0).numpy())
+
+
+def _resize(x, height, width, extension, margin):
+    """Resize each axis in turn, extended by `extension` pixels before; then crop `margin` pixels of the result."""
     for axis, size in ((2, height), (3, width)):
-        extended = x.index_select(axis, _extension(x.shape[axis], before, x.device)).double()
-        shape = [size + 2 * after if a == axis else x.shape[a] for a in (2, 3)]
+        extended = x.index_select(axis, _symmetric_index(x.shape[axis], extension, x.device)).double()
+        shape = [size + 2 * margin if a == axis else x.shape[a] for a in (2, 3)]
         resized = F.interpolate(extended, shape, mode="bicubic", antialias=True)
-        x = resized.add_(0.5).floor_().clamp_(0, 255).narrow(axis, after, size).to(x.dtype)
+        x = resized.add_(0.5).floor_().clamp_(0, 255).narrow(axis, margin, size).to(x.dtype)
     return x
 
 
 @lru_cache(maxsize=64)
-def _extension(size, before, device):
-    """Which pixel stands in each place of an axis that is extended symmetrically."""
-    return torch.from_numpy(np.pad(np.arange(size), before, mode="symmetric")).to(device)
+def _symmetric_index(size, extension, device):
+    """Return the index that extends an axis of `size` pixels symmetrically; F.pad has no such mode."""
+    return torch.from_numpy(np.pad(np.arange(size), extension, mode="symmetric")).to(device)

@@ -1,13 +1,14 @@
-"""What benchmark.py compares: computations as papers and released code write them, beside what this project does instead.
+"""Straightforward implementations as in papers and released code, with which benchmark.py compares this implementation.
 
-A comparison is a function of a size (pixels a side) and a device that returns a `Pair`, and its line in COMPARISONS.
+To add a comparison, write a function of a size (pixels per side) and a device that returns a `Comparison`, and list it in
+COMPARISONS.
 """
 from reference import formula, training
-from reference.pair import Pair
+from reference.comparison import Comparison
 
-__all__ = ["COMPARISONS", "Pair"]
+__all__ = ["COMPARISONS", "Comparison"]
 
-COMPARISONS = {  # name: (comparison, sizes)
+COMPARISONS = {  # name: (function that makes the Comparison, default sizes)
     "affinity": (formula.affinity, (32, 64, 128, 256)),
     "affinity_batch": (formula.affinity_batch, (48,)),
     "san_pooling": (formula.san_pooling, (48, 128, 256)),

@@ -1,87 +1,123 @@
-"""DUKD's step the plain way, as its published code has it: what the trainer's step is compared with, in value and in cost.
+"""A training step of DUKD (Zhang et al., 2023) as in its published code, compared with this project's in values and cost.
 
-The teacher runs with a graph, and the backward pass computes gradients of its weights; each view has forwards of its own;
-LR is downscaled on the CPU, image by image; the student is updated twice, and the second update's gradients are added to
-those of the first. The inverse of label consistency is in the right order, unlike there.
+There the teacher runs with a graph, and the backward pass computes gradients of its weights; each view has forward passes of
+its own; LR is downscaled on the CPU, image by image; the student is updated twice, and the gradients of the first update are
+not cleared before the second. Label consistency is undone in the correct order here, unlike in the published code.
 """
 import copy
-from types import SimpleNamespace
+from collections.abc import Callable
 
-import loss
 import option
 import torch
 import torch.nn.functional as F
 from data import degrade
 from data.views import plan
-from trainer import Trainer, make_optimizer
+from distiller import Distiller
+from loss import Context, build_loss
+from schedule import make_optimizer
+from torch import nn
 
-FLIP = {1: (2,), 2: (1,)}  # operation: axes of 3 x H x W
+FLIP_AXES = {1: (2,), 2: (1,)}  # operation: axes of 3 x H x W
 
 
-def perturb(image, operations, inverse=False):
-    """3 x H x W in [0, 255], four booleans."""
+def perturb(image: torch.Tensor, operations: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+    """Apply the operations of label consistency to an image 3 x H x W in [0, 255], or undo them.
+
+    operations: four booleans, for colour inversion, horizontal flip, vertical flip and transpose.
+    """
     for operation in (3, 2, 1, 0) if inverse else (0, 1, 2, 3):
         if operations[operation]:
             image = (255 - image if operation == 0 else image.transpose(1, 2) if operation == 3
-                     else image.flip(FLIP[operation]))
+                     else image.flip(FLIP_AXES[operation]))
     return image
 
 
-def plain_views(lr, hr, scale, tiles):
-    """uint8 batches, and the numbers of each image's tiles -> [(name, LR, HR or None)] of float32; on LR's device."""
+def make_views(lr: torch.Tensor, hr: torch.Tensor, scale: int, tiles: torch.Tensor,
+               ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Make the original batch, zoom-in and zoom-out of a uint8 batch, as float32 pairs of LR and HR (None for zoom-in).
+
+    tiles: N x k, the tiles of HR's s x s grid that zoom-in takes from each image.
+    """
     device, (height, width) = lr.device, lr.shape[2:]
     crops = [hr[image, :, row * height:(row + 1) * height, column * width:(column + 1) * width]
              for image, of_image in enumerate(tiles.tolist()) for row, column in (divmod(tile, scale) for tile in of_image)]
     small = [torch.from_numpy(degrade.downscale(image.cpu().permute(1, 2, 0).numpy(), scale).transpose(2, 0, 1))
              for image in lr]
-    truth = lr[..., :height // scale * scale, :width // scale * scale]
-    return [("plain", lr.float(), hr.float()), ("zoom_in", torch.stack(crops).float(), None),
-            ("zoom_out", torch.stack(small).to(device).float(), truth.float())]
+    cropped = lr[..., :height // scale * scale, :width // scale * scale]
+    return [(lr.float(), hr.float()), (torch.stack(crops).float(), None),
+            (torch.stack(small).to(device).float(), cropped.float())]
 
 
-def plain_loss(student, teacher, lr, hr, operations, weights):
-    """weights: of DS and TS; operations: what each image that the student sees undergoes."""
-    seen = torch.stack([perturb(image, chosen) for image, chosen in zip(lr, operations)])
-    sr = torch.stack([perturb(image, chosen, inverse=True) for image, chosen in zip(student(seen), operations)])
+def view_loss(student: nn.Module, teacher: nn.Module, lr: torch.Tensor, hr: torch.Tensor | None, operations: torch.Tensor,
+              weights: tuple[float, float]) -> torch.Tensor:
+    """Compute the loss on one view: the L1 to the ground truth, where there is one, and to the teacher's output.
+
+    operations: N x 4, those of label consistency on the student's inputs. weights: of the two terms.
+    """
+    perturbed = torch.stack([perturb(image, chosen) for image, chosen in zip(lr, operations)])
+    sr = torch.stack([perturb(image, chosen, inverse=True) for image, chosen in zip(student(perturbed), operations)])
     loss = weights[1] * F.l1_loss(sr, teacher(lr))
     return loss if hr is None else loss + weights[0] * F.l1_loss(sr, hr)
 
 
-def plain_step(student, teacher, optimizer, lr, hr, tiles, operations, weights=(5, 1)):
-    """One iteration; operations: for each view its images' four booleans."""
-    views = plain_views(lr, hr, student.scale, tiles)
-    losses = [plain_loss(student, teacher, x, y, chosen, weights) for (_, x, y), chosen in zip(views[:1], operations)]
+def training_step(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, lr: torch.Tensor,
+                  hr: torch.Tensor, tiles: torch.Tensor, operations: list[torch.Tensor],
+                  weights: tuple[float, float] = (5, 1)) -> list[torch.Tensor]:
+    """Run one iteration as in the published code, and return the loss of each view.
+
+    operations: for each view those of `view_loss`. The other arguments are those of `make_views` and `view_loss`.
+    """
+    views = make_views(lr, hr, student.scale, tiles)
+    losses = [view_loss(student, teacher, *view, chosen, weights) for view, chosen in zip(views[:1], operations)]
     optimizer.zero_grad()
     losses[0].backward()
     optimizer.step()
-    for (_, x, y), chosen in zip(views[1:], operations[1:]):
-        losses.append(plain_loss(student, teacher, x, y, chosen, weights))
+    losses += [view_loss(student, teacher, *view, chosen, weights) for view, chosen in zip(views[1:], operations[1:])]
     sum(losses[1:]).backward()
     optimizer.step()
     return losses
 
 
-def make_trainer(student, teacher, line, device="cpu"):
-    """A Trainer that has no data and no folder: for its `step` alone."""
-    args = option.parse(["--epochs", "1", "--test_every", "1", *line.split()])
-    criterion = loss.Loss(args.loss, loss.Setting(args, student, [teacher], device, plan(args))).to(device)
-    return Trainer(args, student, [teacher], criterion, None, [], SimpleNamespace(state=None), torch.device(device))
+def make_step(student: nn.Module, teacher: nn.Module, flags: str, device: torch.device | str = "cpu") -> Callable:
+    """Build a function (lr, hr, teacher_outputs=None) that runs a training step of this project.
+
+    It updates the student and returns the weighted values of the terms; its arguments are those of the Distiller.
+    """
+    args = option.parse(flags.split())
+    loss = build_loss(args.loss, Context(args, student, [teacher], device, plan(args)))
+    distiller = Distiller(student, [teacher], loss, upcycle=args.upcycle, n_zoom_in=args.n_zoom_in,
+                          label_consistency=args.label_consistency, rgb_range=args.rgb_range, precision=args.precision)
+    distiller.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(args, distiller.trainable_parameters())
+
+    def step(lr, hr, teacher_outputs=None):
+        optimizer.zero_grad()
+        total, values, _ = distiller(lr, hr, teacher_outputs)
+        total.backward()
+        optimizer.step()
+        return values
+
+    return step
 
 
-def two_ways(student, teacher, lr, hr, device="cpu", more=""):
-    """-> (ours, plain): functions that each do one step of the template DUKD on a batch of uint8 on the CPU.
+def make_steps(student: nn.Module, teacher: nn.Module, lr: torch.Tensor, hr: torch.Tensor,
+               device: torch.device | str = "cpu", flags: str = "") -> tuple[Callable, Callable]:
+    """Build two functions that run a step of the preset DUKD on a uint8 batch: this implementation and the reference.
 
-    Each has copies of the networks of its own; `more`: further flags for ours, such as --precision bf16.
+    lr, hr: on the CPU. flags: further flags for this implementation, such as --precision bf16. Each function has its own
+    copies of the networks and returns values whose sum is the loss.
     """
     scale, count = student.scale, len(lr)
-    loop = make_trainer(copy.deepcopy(student), copy.deepcopy(teacher),
-                        f"--template DUKD --scale {scale} --patch_size {hr.shape[2]} --batch_size {count} {more}", device)
-    pupil, master = (copy.deepcopy(net).to(device) for net in (student, teacher))
-    optimizer = make_optimizer(loop.args, pupil.parameters())
-    tiles = loop.args.n_zoom_in
+    flags = f"--template DUKD --scale {scale} --patch_size {hr.shape[2]} --batch_size {count} {flags}"
+    step = make_step(copy.deepcopy(student), copy.deepcopy(teacher), flags, device)
 
-    def plain():
-        drawn = torch.multinomial(torch.ones(count, scale ** 2), tiles)
-        operations = [torch.rand(many, 4) < loop.args.label_consistency for many in (count, tiles * count, count)]
-        return plain_step(pupil, master, optimizer, lr.to(device), hr.to(device), drawn, operations)
-    return lambda: loop.step(lr, hr), plain
+    args = option.parse(flags.split())
+    student, teacher = (copy.deepcopy(net).to(device) for net in (student, teacher))
+    optimizer = make_optimizer(args, student.parameters())
+
+    def reference():
+        tiles = torch.multinomial(torch.ones(count, scale ** 2), args.n_zoom_in)
+        operations = [torch.rand(images, 4) < args.label_consistency for images in (count, args.n_zoom_in * count, count)]
+        return training_step(student, teacher, optimizer, lr.to(device), hr.to(device), tiles, operations)
+
+    return lambda: step(lr, hr), reference

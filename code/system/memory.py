@@ -1,5 +1,7 @@
-"""How many bytes of tensors, or of arrays, a computation holds at once."""
+"""Peak memory of a computation: bytes of tensors or of numpy arrays that are alive at once."""
 import tracemalloc
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,10 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Adds up the bytes of the tensors made in it, forward and backward, as long as they live; `peak`, the most at once.
+    """Sum the bytes of all living tensors that were allocated within the context, in forward and backward passes.
 
-    What was there before (inputs, weights) and views of it do not count, nor does what kernels need inside.
+    `peak` is the largest sum so far. Tensors from before (inputs, weights), views of them, and the workspaces inside kernels
+    are not counted.
     """
+
     peak = 0
 
     def __init__(self):
@@ -21,7 +25,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if not any(result.alias_info for result in function._schema.returns):  # else a view, or written in place
+        if not any(result.alias_info for result in function._schema.returns):  # else a view or an in-place operation
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
                     storage = tensor.untyped_storage()
@@ -31,8 +35,11 @@ class LiveMemory(TorchDispatchMode):
         return out
 
 
-def peak_memory(function, device):
-    """(function(), most bytes at once beyond what was there): by the allocator on a GPU, by LiveMemory elsewhere."""
+def peak_memory(function: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """Return the result of function() and its peak memory in bytes, beyond what was allocated before.
+
+    On a GPU this is the peak of PyTorch's allocator, elsewhere that of `LiveMemory`.
+    """
     if device.type != "cuda":
         with LiveMemory() as memory:
             return function(), memory.peak
@@ -44,8 +51,11 @@ def peak_memory(function, device):
     return result, torch.cuda.max_memory_allocated(device) - before
 
 
-def array_memory(function, device):
-    """(function(), most bytes of numpy arrays at once): what Python and numpy ask for, without memory-mapped files."""
+def array_memory(function: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """Return the result of function() and the peak bytes allocated by Python and numpy, without memory-mapped files.
+
+    `device` is ignored: the signature is that of `peak_memory`.
+    """
     tracemalloc.start()
     try:
         return function(), tracemalloc.get_traced_memory()[1]
@@ -53,8 +63,8 @@ def array_memory(function, device):
         tracemalloc.stop()
 
 
-def memory_from_shapes(function):
-    """The most bytes at once of function(), which is not run: its tensors have shapes and no numbers."""
+def memory_from_shapes(function: Callable[[], Any]) -> int:
+    """Return the peak bytes of function(), which runs on fake tensors, with shapes but without values."""
     with FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
         function()
     return memory.peak

@@ -1,92 +1,103 @@
-"""How many pixels a network may compute at once: the memory that is free, and what it takes per pixel."""
+"""Memory budget of tiled inference: the free memory, and the number of pixels that a network can process within it."""
 import ctypes
 import os
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from system.memory import LiveMemory
 
-GLOBAL_MEMORY = 1e9  # bytes, for networks whose result depends on the tiles: not for the free memory of the moment to say
-SHARE = 0.5  # of the free memory: others may want some of it before the image is done
-MARGIN = 1.5  # resident memory / that of the tensors, up to 1.43 here: what kernels need inside, gaps of the allocator
-PROBE = 48  # side of the image that is tried; memory grows with the number of pixels from there on, by less than 3% off
+# Bytes, for networks whose output depends on the tiles: the output must not depend on the memory that happens to be free.
+GLOBAL_MEMORY = 1e9
+FREE_FRACTION = 0.5  # of the free memory is used, since other processes may need some before the image is done
+OVERHEAD = 1.5  # resident memory / memory of the tensors, measured up to 1.43: kernel workspaces, allocator fragmentation
+PROBE_SIZE = 48  # side of the probe image, in pixels; for larger images the memory per pixel differs by less than 3%
 MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")  # where a container finds its own limit
-TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # glibc's malloc.h
-KEEP = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}
-GIVE_BACK = {MMAP_MAX: 65536, TRIM_THRESHOLD: 2**26, MMAP_THRESHOLD: 2**25}  # what glibc itself adapts to under large maps
-_measured = WeakKeyDictionary()
-_keeping = []  # the device of the outermost memory_kept
+CGROUP = Path("/sys/fs/cgroup")  # the limit of a container
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
+RETAIN = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+RELEASE = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25}  # what glibc adapts to by itself
+_bytes_per_pixel = WeakKeyDictionary()  # network -> {(device, precision): bytes}
+_retaining = []  # the device of the outermost retain_freed_memory, if there is one
 
 
-def default_memory(net, device):
-    """Bytes that tiles of the network may take unless --chop_mem says."""
-    return GLOBAL_MEMORY if net.receptive_field is None else SHARE * free_memory(device)
+def default_memory(net: nn.Module, device: torch.device) -> float:
+    """Return the bytes that tiles of the network may take unless --chop_mem is given."""
+    return GLOBAL_MEMORY if net.receptive_field is None else FREE_FRACTION * free_memory(device)
 
 
-def pixels_at_once(net, device, memory):
-    """LR pixels, of all images of a batch together, whose forward takes `memory` bytes beyond the weights."""
-    return int(memory / (MARGIN * bytes_per_pixel(net, device)))
+def max_pixels(net: nn.Module, device: torch.device, memory: float) -> int:
+    """Return the number of LR pixels, over all images of a batch, whose forward pass takes `memory` bytes beyond weights."""
+    return int(memory / (OVERHEAD * bytes_per_pixel(net, device)))
 
 
-def memory_of(net, device, pixels):
-    """The inverse of `pixels_at_once`."""
-    return MARGIN * bytes_per_pixel(net, device) * pixels
+def required_memory(net: nn.Module, device: torch.device, pixels: float) -> float:
+    """Return the bytes that a forward pass on `pixels` LR pixels takes: the inverse of `max_pixels`."""
+    return OVERHEAD * bytes_per_pixel(net, device) * pixels
 
 
 @torch.no_grad()
-def bytes_per_pixel(net, device):
-    """Bytes of the tensors alive at once in a forward without gradients, per LR pixel: counted once, on a small image."""
+def bytes_per_pixel(net: nn.Module, device: torch.device) -> float:
+    """Return the peak bytes of tensors per LR pixel in inference, measured once per network on a small image."""
     precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    known = _measured.setdefault(net, {})
-    if (device, precision) not in known:
-        image = torch.zeros(1, 3, PROBE, PROBE, device=device).contiguous(memory_format=torch.channels_last)
-        net(image[..., :8, :8])  # autocast keeps the weights in its precision: they are there from now on, and do not count
+    measured = _bytes_per_pixel.setdefault(net, {})
+    if (device, precision) not in measured:
+        lr = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device).contiguous(memory_format=torch.channels_last)
+        net(lr[..., :8, :8])  # autocast keeps its copies of the weights from here on; they are not to be counted below
         with LiveMemory() as memory:
-            net(image.clone())
-        known[device, precision] = memory.peak / PROBE**2
-    return known[device, precision]
+            net(lr.clone())
+        measured[device, precision] = memory.peak / PROBE_SIZE**2
+    return measured[device, precision]
 
 
-def free_memory(device):
-    """Bytes that could be had on the device; where the system says only what is installed, half of that."""
+def free_memory(device: torch.device) -> int:
+    """Return the bytes available on the device; where only the installed memory is known, half of that."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     try:
         free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", MEMINFO.read_text())[1])
-    except OSError:  # no Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except OSError:  # not Linux
+        return installed_memory(device) // 2
     try:
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         cached = int(re.search(r"inactive_file (\d+)", (CGROUP / "memory.stat").read_text())[1])
-    except (OSError, ValueError):  # no container, or one without a limit, which says "max"
+    except (OSError, ValueError):  # no container, or a container without a limit, whose memory.max is "max"
         return free
     return min(free, max(0, limit - used + cached))
 
 
-@contextmanager
-def memory_kept(device):
-    """On a CPU, memory that a layer frees stays with the process for the next one, until the end of the `with`.
+def installed_memory(device: torch.device) -> int:
+    """Return the bytes of memory that the machine, or the GPU, has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-    glibc returns maps above 32 MiB to the system at once and gets them again page by page: up to 40% of the time of EDSR on
-    images above 400 x 400, and a tenth of a training step. Other C libraries go on as they do.
+
+@contextmanager
+def retain_freed_memory(device: torch.device) -> Iterator[None]:
+    """Let malloc reuse the memory that a layer frees for the next layer, instead of returning it to the system.
+
+    Only for CPUs. By default glibc unmaps blocks above 32 MiB at once, and every new block causes page faults: up to 40% of
+    the run time of EDSR on images above 400 x 400 pixels, and 10% of a training step. Other C libraries are left as they
+    are. The memory is released at the end of the outermost context.
     """
     libc = ctypes.CDLL(None) if device.type == "cpu" and os.name == "posix" else None
-    if not hasattr(libc, "mallopt") or _keeping:
+    if not hasattr(libc, "mallopt") or _retaining:
         yield
         return
-    _keeping.append(device)
+    _retaining.append(device)
     try:
-        for option, value in KEEP.items():
+        for option, value in RETAIN.items():
             libc.mallopt(option, value)
         yield
     finally:
-        _keeping.clear()
-        for option, value in GIVE_BACK.items():
+        _retaining.clear()
+        for option, value in RELEASE.items():
             libc.mallopt(option, value)
         libc.malloc_trim(0)
