@@ -10,6 +10,7 @@ from functools import partial
 
 import evaluation
 import torch
+from checkpoint import check_history
 from data import make_batches
 from data.teacher_cache import decode
 from data.views import make_views, together
@@ -21,6 +22,7 @@ from system import distributed
 from system.device import autocast
 from system.errors import UserError
 from system.memory_budget import memory_kept
+from system.state import check_like, load_optimizer
 from tqdm import tqdm
 
 log = logging.getLogger("sr")
@@ -48,28 +50,33 @@ class Trainer:
         self.history = []  # a dict an epoch: what the CSV files and curves show
         self.sums = torch.zeros(len(loss.names), dtype=torch.float64, device=device)  # of the terms, in this epoch
         self.probe = None  # the LR images of the last batch: what says whether the weights are still good
-        if experiment.state:
+        if experiment.state is not None:
             self.load_state(experiment.state)
             experiment.state = None  # the weights need not be kept twice
 
     def fit(self):
         """Trains until --epochs are done and tested; returns the process's exit status."""
         args = self.args
-        if len(self.history) == args.epochs:
+        if self.finished():
             log.info("the run is finished: --epochs %d are done", args.epochs)
         self.evaluate = distributed.wrap(self.evaluate)
         if args.compile:
             self.compile()
         with Interruption() as self.interruption, memory_kept(self.device):
             batches = iter(make_batches(args, self.crops, self.iteration, self.iterations, self.device.type == "cuda"))
-            while len(self.history) < args.epochs and not self.interrupted():
+            while not self.finished() and not self.interrupted():
                 if self.train_epoch(batches):
                     self.test_epoch()
             status = self.interrupted()
             if status:
                 self.save_state()
-                log.info("stopped at iteration %d; the same command with --resume 1 goes on from there", self.iteration)
+                log.info("stopped at iteration %d; %s", self.iteration, "the run is finished" if self.finished() else
+                         "the same command with --resume 1 goes on from there")
+            del batches  # ends its workers while Ctrl-C is handled
         return status
+
+    def finished(self):
+        return len(self.history) >= self.args.epochs
 
     def interrupted(self):
         """The exit status that a signal asks for, the same in all processes, whichever of them it reached; else 0."""
@@ -93,7 +100,7 @@ class Trainer:
                     self.check()
                     now = time.monotonic()
                     log.info("[%d/%d] %s  %.2f it/s, waiting for data %.1f %%", self.iteration, self.iterations,
-                             self.describe(self.sums / (self.iteration - end + args.test_every)),
+                             self.describe(self.sums / self.summed),
                              (self.iteration - printed) / (now - began), 100 * waited / (now - began))
                     progress.set_postfix_str(self.describe(values), refresh=False)
                     began, waited, printed = now, 0.0, self.iteration
@@ -107,6 +114,11 @@ class Trainer:
                     saved = time.monotonic()
         self.save_state()
         return True
+
+    @property
+    def summed(self):
+        """The number of iterations in `sums`; not always those since a multiple of --test_every, which may change."""
+        return self.iteration - (self.history[-1]["iteration"] if self.history else 0)
 
     def step(self, lr, hr, answers=None):
         """One update of the student from a batch as `make_batches` gives it -> the weighted values of the loss's terms."""
@@ -259,17 +271,16 @@ class Trainer:
         epoch = len(self.history) + 1
         self.history.append(dict(
             epoch=epoch, iteration=self.iteration, lr=learning_rate(self.args, self.iteration - 1),
-            loss=dict(zip(self.loss.names, (self.sums / self.args.test_every).tolist())),
+            loss=dict(zip(self.loss.names, (self.sums / self.summed).tolist())),
             scores={s.dataset: (s.psnr, s.ssim) for s in scores if s.psnr is not None}))
         self.sums.zero_()
         if distributed.rank():
             return
-        best = {name: max((row["scores"][name][0], -row["epoch"]) for row in self.history if name in row["scores"])
-                for name in self.history[-1]["scores"]}
-        best = {name: (psnr, -of_epoch) for name, (psnr, of_epoch) in best.items()}
+        best = evaluation.best(self.history)
         log.info("epoch %d\n%s", epoch, evaluation.table(scores, best))
-        # best by the first test set, as in EDSR; without a truth the latest is the best there is
-        self.experiment.save_models(tested, not best or next(iter(best.values()))[1] == epoch, epoch)
+        # best by the first test set, as in EDSR; without ground truth the latest is the best there is
+        first = next(iter(self.history[-1]["scores"]), None)
+        self.experiment.save_models(tested, first is None or best.get(first, (0, 0))[1] == epoch, epoch)
         if self.average:
             self.experiment.save_model(self.student, "model_raw.pt")
         self.experiment.write_history(self.history)
@@ -277,43 +288,60 @@ class Trainer:
 
     def identity(self):
         """What a resumed run must have in common with the one that it continues."""
-        return dict(network=describe(self.student), loss="+".join(self.loss.names), optimizer=self.args.optimizer)
+        return {"network": describe(self.student), "loss": "+".join(self.loss.names), "optimizer": self.args.optimizer,
+                "first test set": next((f"{images.name}, {len(images)} images" for images in self.benchmarks
+                                        if any(pair.hr for pair in images.pairs)), None)}  # what model_best.pt is chosen by
 
     def save_state(self):
         if distributed.rank():
             return
         self.check_weights()
-        self.experiment.save_state(dict(
+        self.experiment.save_state(self.state())
+
+    def state(self):
+        """What `load_state` goes on from."""
+        return dict(
             identity=self.identity(), iteration=self.iteration, history=self.history, sums=self.sums,
             student=self.student.state_dict(), loss=self.loss.state_dict(), optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(), average=self.average.state_dict() if self.average else None,
             random=torch.get_rng_state(),
-            random_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None))
+            random_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None)
 
     def load_state(self, state):
+        """Continue from what `state` returned; raises UserError where it does not fit this run, before it is changed."""
+        path, own = self.experiment.folder / "state.pt", self.state()
         try:
-            for name, value in self.identity().items():
-                if state["identity"][name] != value:
-                    raise ValueError(f"{name} {state['identity'][name]}, not {value}")
+            before = {**own["identity"], **state["identity"]}  # earlier versions recorded less
+            for name, value in own["identity"].items():
+                if before[name] != value:
+                    raise UserError(f"--resume 1: the run in {path.parent} was another one ({name}: {before[name]}, not "
+                                    f"{value}); resume it with its own flags, see config.txt there")
+            for name in ("iteration", "student", "loss", "sums", "random"):
+                check_like(state[name], own[name], name)
+            check_history(state["history"], self.loss.names, state["iteration"])
             self.student.load_state_dict(state["student"])
             self.loss.load_state_dict(state["loss"])
             if self.average:
-                self.average.load_state_dict(state["average"] or state["student"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+                average = state["student"] if state["average"] is None else state["average"]
+                check_like(average, own["average"], "average")
+                self.average.load_state_dict(average)
+            load_optimizer(self.optimizer, state["optimizer"])
+            if self.scaler.is_enabled() and state["scaler"]:
+                check_like(state["scaler"], own["scaler"], "scaler")
+                self.scaler.load_state_dict(state["scaler"])
             self.sums.copy_(state["sums"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--resume 1: the run in {self.experiment.folder} was another one ({reason}); resume it with "
-                            "its own flags, see config.txt there") from None
-        self.iteration, self.history = state["iteration"], state["history"]
+            self.iteration, self.history = state["iteration"], state["history"]
+            torch.set_rng_state(state["random"])
+            if self.device.type == "cuda" and state["random_cuda"] is not None:
+                torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: not the state of such a run ({reason}); resume it with its own flags, see config.txt "
+                            "there, or start it anew with --reset") from None
         done, every = len(self.history), self.args.test_every
         if self.iteration > self.iterations or not done * every <= self.iteration <= (done + 1) * every:
             raise UserError(f"--resume 1: the run is at iteration {self.iteration} after {done} epochs, which does not fit "
                             f"--test_every {every} and --epochs {self.args.epochs}")
-        torch.set_rng_state(state["random"])
-        if self.device.type == "cuda" and state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
 
 def make_optimizer(args, parameters):
@@ -350,15 +378,18 @@ def bar(description, first, start, stop):
 
 
 class Interruption:
-    """While in it, Ctrl-C and SIGTERM only set `status` (130, 143), for the loop to end in order; a second one ends it.
+    """While in it, Ctrl-C, SIGTERM and SIGHUP only set `status` (130, 143, 129), for the loop to end in order.
 
-    Not one that follows at once: torchrun passes on to its processes what the terminal has sent to them already.
+    A second signal ends the process, but not one that follows at once: torchrun passes on to its processes what the terminal
+    has sent to them already. A SIGHUP that is ignored (nohup) stays ignored.
     """
     PAUSE = 1  # second
+    NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __enter__(self):
         self.status, self.noted = 0, 0.0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.note) for number in self.NUMBERS
+                       if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def note(self, number, frame):

@@ -191,7 +191,7 @@ def test_a_run_with_CSD_and_VGG(run_main, tiny_data, tmp_path):
     status, out, _ = run_main("train", line + "--neg_num 3 --feature_net random")
     assert status == 0
     assert any("--feature_net random" in text for text in out)
-    assert "feature_net: random" in (tmp_path / "run" / "config.txt").read_text()
+    assert "--feature_net random" in (tmp_path / "run" / "config.txt").read_text()
     assert (tmp_path / "run" / "loss.csv").read_text().startswith("epoch,iteration,lr,total,DS,CSD,VGG")
     assert not any("vgg" in name for name in torch.load(tmp_path / "run" / "state.pt", weights_only=True)["loss"])
     load_model(tmp_path / "run" / "model" / "model_latest.pt")

@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from system.distributed import all_reduce_gradients, all_reduce_mean, global_batch_size, local_shard
+from system.state import load_optimizer
 from torch import nn
 from torch.func import functional_call
 
@@ -121,6 +122,4 @@ class Adversarial(Term):
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state):
-        self.optimizer.load_state_dict(state)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.gan_lr  # which a resumed run may change
+        load_optimizer(self.optimizer, state)  # its learning rate stays --gan_lr, which a resumed run may change
