@@ -48,7 +48,14 @@ class Experiment:
     def __init__(self, args):
         self.folder = ROOT / "experiment" / args.ckp_dir
         self.args, self.lock, self.state, self.moved = args, None, None, False
-        state = self.folder / "state.pt"
+        try:
+            self._open()
+        except UserError:
+            self.end()
+            raise
+
+    def _open(self):
+        args, state = self.args, self.folder / "state.pt"
         with accessing(self.folder):
             if is_rank_zero():
                 check_place(self.folder)
@@ -248,7 +255,7 @@ def check_history(history, terms, iteration):
         numbers = [row["lr"], *row["loss"].values(), *(value for pair in row["scores"].values() for value in pair)]
         counted = row["epoch"] == epoch and type(row["iteration"]) is int and last < row["iteration"] <= iteration
         named = list(row["loss"]) == list(terms) and all(name == Path(name).name for name in row["scores"])
-        if not counted or not named or {len(pair) for pair in row["scores"].values()} > {2}:
+        if not counted or not named or any(len(pair) != 2 for pair in row["scores"].values()):
             raise ValueError(f"history has an odd entry {epoch}")
         if not all(isinstance(value, float) for value in numbers) or not all(map(math.isfinite, row["loss"].values())):
             raise ValueError(f"history has odd numbers in entry {epoch}")

@@ -326,7 +326,7 @@ class Trainer:
                 check_like(average, own["average"], "average")
                 self.average.load_state_dict(average)
             load_optimizer(self.optimizer, state["optimizer"])
-            if self.scaler.is_enabled() and state["scaler"]:
+            if state["scaler"] and self.scaler.is_enabled():
                 check_like(state["scaler"], own["scaler"], "scaler")
                 self.scaler.load_state_dict(state["scaler"])
             self.sums.copy_(state["sums"])

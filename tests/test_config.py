@@ -4,18 +4,19 @@ import pytest
 from config import to_text
 
 ALL_FLAGS = (  # one value that is no default, of each flag
-    "--cpu --gpu_id 1 --n_GPUs 2 --n_threads 3 --precision bf16 --compile --seed 5 --dir_data d/a+b --data_train [A,B] "
-    "--data_test Set5+Demo --dir_demo d --data_range 1-8/9-10 --ext img --dir_cache c --scale 2 --patch_size 64 "
-    "--no_augment --rgb_range 1 --model SwinIR --teacher [RCAN,x.pt] --n_resgroups 2 --n_resblocks 3 --n_feats 8 --reduction 4 "
-    "--res_scale 0.1 --n_inner 2 --n_modules 3 --G0 4 --RDNkSize 3 --RDNconfig 4,3,16 --group 2 --multi_scale 2+3 "
-    "--depths [2,2] --num_heads 2,2 --window_size 4 --mlp_ratio 1.5 --upsampler nearest+conv --resi_connection 3conv "
-    "--img_range 2 --width_mult 0.5 --init_from_teacher --pre_train p.pt --loss 1e-05*DS+1*GAN --features 0,3 --pool_size 2 "
-    "--pool_type avg --P 3 --rbf_gamma 2 --upcycle 0.5*zoom_in+1e-07*zoom_out --n_zoom_in 2 --view_terms DS+GAN "
-    "--label_consistency 0.3 --feature_net random --vgg_path v --vqgan_path q --d_func cos --neg_num 2 --t_l_remove 3 "
-    "--lc_p 0.1 --dcr_negatives 0 --dcr_noise 0.1 --dcr_blur 0.2 --dcr_resize 0.3 --history_every 5-6 --nce_type patch "
-    "--nce_mining all --nce_denominator standard --nce_patches 3 --nce_patch_size 32 --gan_type WGAN --gan_k 2 "
-    "--gan_lr 1e-3 --epochs 3 --test_every 4 --batch_size 8 --split_batch 2 --optimizer SGD --lr 3e-05 --decay 5-7it --warmup 2 "
-    "--gamma 0.1 --momentum 0.5 --betas 0.5,0.9 --epsilon 1e-9 --weight_decay 1e-6 --gclip 3 --ema 0.9 --print_every 7 --ckp_dir x/y "
+    "--cpu --gpu_id 1 --n_GPUs 2 --n_threads 3 --precision bf16 --compile --seed 5 --dir_data d/a+b --data_train "
+    "[A,B] --data_test Set5+Demo --dir_demo d --data_range 1-8/9-10 --ext img --dir_cache c --scale 2 --patch_size 64 "
+    "--no_augment --rgb_range 1 --model SwinIR --teacher [RCAN,x.pt] --n_resgroups 2 --n_resblocks 3 --n_feats 8 "
+    "--reduction 4 --res_scale 0.1 --n_inner 2 --n_modules 3 --G0 4 --RDNkSize 3 --RDNconfig 4,3,16 --group 2 "
+    "--multi_scale 2+3 --depths [2,2] --num_heads 2,2 --window_size 4 --mlp_ratio 1.5 --upsampler nearest+conv "
+    "--resi_connection 3conv --img_range 2 --width_mult 0.5 --init_from_teacher --pre_train p.pt --loss "
+    "1e-05*DS+1*GAN --features 0,3 --pool_size 2 --pool_type avg --P 3 --rbf_gamma 2 --upcycle "
+    "0.5*zoom_in+1e-07*zoom_out --n_zoom_in 2 --view_terms DS+GAN --label_consistency 0.3 --feature_net random "
+    "--vgg_path v --vqgan_path q --d_func cos --neg_num 2 --t_l_remove 3 --lc_p 0.1 --dcr_negatives 0 --dcr_noise 0.1 "
+    "--dcr_blur 0.2 --dcr_resize 0.3 --history_every 5-6 --nce_type patch --nce_mining all --nce_denominator standard "
+    "--nce_patches 3 --nce_patch_size 32 --gan_type WGAN --gan_k 2 --gan_lr 1e-3 --epochs 3 --test_every 4 "
+    "--batch_size 8 --split_batch 2 --optimizer SGD --lr 3e-05 --decay 5-7it --warmup 2 --gamma 0.1 --momentum 0.5 "
+    "--betas 0.5,0.9 --epsilon 1e-9 --weight_decay 1e-6 --gclip 3 --ema 0.9 --print_every 7 --ckp_dir x/y "
     "--save_every 2 --save_models --save_results --save_gt --ckp_path z.pt --TS T --chop --chop_mem 1 --self_ensemble")
 NOT_WITH_LOSS = {"alpha", "feature_loss_used", "feature_distilation_type"}
 
@@ -33,7 +34,8 @@ def test_the_list_above_has_all_flags():
 
 
 @pytest.mark.parametrize("line", [
-    "", ALL_FLAGS, "--cache_teacher", "--template FAKD+RCAN_student --lr 1", "--template DUKD --upcycle 1*zoom_out", "--template CSD --cpu",
+    "", "--cache_teacher", ALL_FLAGS,
+    "--template FAKD+RCAN_student --lr 1", "--template DUKD --upcycle 1*zoom_out", "--template CSD --cpu",
     "--alpha 0.25 --feature_loss_used 1 --feature_distilation_type 2*CA", "--template DCKD --decay cosine",
     "--template CARN_multi --history_every 7 --decay 5-6", "--feature_loss_used 0 --pre_train a.pt",
     "--template DUKD --upcycle= --loss 1*DS", "--template SwinIR --dir_cache= "])
