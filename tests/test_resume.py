@@ -142,9 +142,9 @@ ODD = {
     "squared moments of another shape": lambda state: state["optimizer"]["state"][0].update(exp_avg_sq=torch.zeros(10**6)),
     "no moments": lambda state: state["optimizer"]["state"].update({0: {}}),
     "step of another shape": lambda state: state["optimizer"]["state"][0].update(step=torch.zeros(9)),
-    "discriminator's moments of another shape": 
+    "discriminator's moments of another shape":
         lambda state: state["loss"]["terms.GAN._extra_state"]["state"][0].update(exp_avg=torch.ones(3)),
-    "discriminator's optimiser is text": 
+    "discriminator's optimiser is text":
         lambda state: state["loss"].update({"terms.GAN._extra_state": "text"}),
     "discriminator of another shape": lambda state: state["loss"].update(
         {key: torch.zeros(2) for key in state["loss"] if key.endswith("weight")}),
