@@ -2,18 +2,24 @@
 import csv
 import io
 import logging
+import math
+import os
+import re
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-import torch
+import config
 from model import save_header
-from model.loading import CheckpointError
-from option import ROOT
-from system.errors import UserError, is_rank_zero
-from system.files import atomic_save, atomic_write, lock
+from option import ROOT, make_parser
+from system.errors import UserError, is_rank_zero, reason_of
+from system.files import atomic_save, atomic_write, load_torch_file, lock, remove_stale_parts
 from system.logger import log_to
 
 log = logging.getLogger("sr")
-OWN_FILES = "state.pt", "config.txt", "log.txt", "metrics.csv", "loss.csv", "loss_*.png", "psnr_*.png", "model/model_*.pt"
-NOT_OF_THE_RUN = "given", "resume", "reset"  # flags that say nothing about what is computed
+RESULTS = "state.pt", "metrics.csv", "loss.csv"  # beside the models and the curves of what the two tables name
+MODEL = re.compile(r"model_(best|latest|raw|[0-9]+)\.pt")
+REPLACED = ".replaced"  # where --reset keeps the old run until the new one has saved a state
 
 
 def save_model(net, path):
@@ -22,65 +28,140 @@ def save_model(net, path):
     atomic_save({**save_header(net), "params": net.state_dict()}, path)
 
 
+@contextmanager
+def accessing(folder):
+    """Turn an OSError in the body into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or folder
+        raise UserError(f"{path}: cannot read or write ({reason_of(error)}); give another --ckp_dir") from None
+
+
 class Experiment:
     """The folder of one run. `state` is what an earlier part of it saved to go on from, else None.
 
-    Nothing is written before `begin`, so that a run that cannot start leaves the folder as it was.
+    Nothing is written before `begin`, so that a run that cannot start leaves the folder as it was. A folder that has been
+    used before is locked from the start; a new one in `begin`, which checks again what is there: slow work lies in between.
     """
 
     def __init__(self, args):
         self.folder = ROOT / "experiment" / args.ckp_dir
-        self.args, self.lock = args, None
-        old = self.folder / "state.pt"
-        if args.resume and not old.exists():
-            raise UserError(f"--resume 1: {old} is not there; start the run without it, or name its folder with --ckp_dir")
-        if old.exists() and not args.resume and not args.reset:
-            raise UserError(f"{self.folder} already holds a run: --resume 1 continues it, --reset replaces it, another "
-                            "--ckp_dir leaves it alone")
-        self.state = self._load(old) if args.resume else None
+        self.args, self.lock, self.state, self.moved = args, None, None, False
+        try:
+            self._open()
+        except UserError:
+            self.end()
+            raise
+
+    def _open(self):
+        args, state = self.args, self.folder / "state.pt"
+        with accessing(self.folder):
+            if is_rank_zero():
+                check_place(self.folder)
+                if (self.folder / ".lock").exists():
+                    self._lock()
+                self.found = self._find()
+                self._check_free()
+            if args.resume == 1 and not os.path.lexists(state):
+                raise UserError(f"--resume 1: {state} is not there; start the run without it, or name its folder with "
+                                "--ckp_dir")
+            self.resumes = args.resume == 1 or (args.resume == "auto" and os.path.lexists(state))
+            if self.resumes:
+                self.state = load_state_file(state)
 
     def begin(self):
-        """Takes the folder: makes it, locks it against a second run, removes what --reset replaces, starts the log."""
+        """Make and lock the folder, move aside what --reset replaces, start the log, write config.txt."""
         if not is_rank_zero():
             return
-        try:
+        with accessing(self.folder):
             (self.folder / "model").mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.folder / ".lock", f"{self.folder}: another run is writing there; wait for it, or give "
-                             "another --ckp_dir")
+            if not self.lock:
+                self._lock()
+            if self._find() != self.found:
+                raise UserError(f"{self.folder}: another run wrote there while this one was prepared; give another "
+                                "--ckp_dir")
+            for folder in (self.folder, self.folder / "model", *self.folder.glob("results-*")):
+                remove_stale_parts(folder)
             if self.args.reset:
-                for pattern in OWN_FILES:
-                    for file in self.folder.glob(pattern):
-                        file.unlink()
+                self._move_aside()
+            changes = self._write_config()
             log_to(self.folder / "log.txt")
-        except OSError as error:
-            raise UserError(f"{error.filename or self.folder}: cannot write there ({error.strerror}); give another --ckp_dir"
-                            ) from None
-        self._write_config()
+        for flag, value, before in changes:
+            log.info("continues with %s %s (was %s)", flag, value, before)
 
     def end(self):
-        """Gives the folder free for other runs."""
+        """Unlock the folder, with the run that --reset was to replace if the new one saved nothing."""
+        if self.moved:
+            self._restore()
         if self.lock:
             self.lock.close()
+            self.lock = None
 
-    def _load(self, path):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a broken file makes the reader raise
-            raise CheckpointError(f"{path}: broken ({str(error).splitlines()[0]}); --reset starts the run anew") from None
+    def _lock(self):
+        self.lock = lock(self.folder / ".lock", f"{self.folder}: another run is writing there; wait for it, or give another "
+                         "--ckp_dir")
+
+    def _find(self):
+        """Return {file: (inode, size, time)} of the files there that a run writes; never of the user's own beside them."""
+        names = [*RESULTS, "config.txt", "log.txt", *curves_of(self.folder)]
+        models = self.folder / "model"
+        names += [f"model/{name}" for name in (os.listdir(models) if models.is_dir() else ()) if MODEL.fullmatch(name)]
+        paths = [self.folder / name for name in names]
+        stats = {path: os.lstat(path) for path in paths if os.path.lexists(path)}
+        return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+    def _check_free(self):
+        """Raise UserError where the run would overwrite another one, or --reset would remove files of no run.
+
+        config.txt and log.txt alone are of a run that ended before it saved anything: they are replaced.
+        """
+        if (self.folder / REPLACED).is_dir() and not self.args.reset:
+            raise UserError(f"{self.folder / REPLACED} holds a run that --reset was replacing when it was killed; move its "
+                            f"files back to {self.folder}, or repeat --reset")
+        of_a_run = self.folder / "state.pt" in self.found or is_config(self.folder / "config.txt")
+        results = self.found.keys() - ({self.folder / "config.txt", self.folder / "log.txt"} if of_a_run else set())
+        if not results or (self.args.resume and self.folder / "state.pt" in self.found):
+            return
+        first = min(results).relative_to(self.folder)
+        if not of_a_run:
+            raise UserError(f"{self.folder} holds {first}, which a run would overwrite, and no run (config.txt, state.pt); "
+                            "move it elsewhere, or give another --ckp_dir")
+        if not self.args.reset and self.args.resume != 1:
+            go_on = "--resume 1 continues it, " if self.folder / "state.pt" in self.found else ""
+            raise UserError(f"{self.folder} already holds a run ({first}): {go_on}--reset replaces it, another --ckp_dir "
+                            "leaves it alone")
+
+    def _move_aside(self):
+        aside, self.moved = self.folder / REPLACED, True
+        (aside / "model").mkdir(parents=True, exist_ok=True)
+        for path in self.found:
+            if os.path.lexists(aside / path.relative_to(self.folder)):  # of an earlier --reset, which was killed
+                path.unlink()
+            else:
+                path.rename(aside / path.relative_to(self.folder))
+
+    def _restore(self):
+        """Move back what --reset had moved aside."""
+        aside = self.folder / REPLACED
+        with suppress(OSError):
+            for path in [path for path in aside.rglob("*") if not path.is_dir()]:
+                path.replace(self.folder / path.relative_to(aside))
+            shutil.rmtree(aside)
 
     def _write_config(self):
-        config = {name: value for name, value in sorted(vars(self.args).items()) if name not in NOT_OF_THE_RUN}
-        text = "".join(f"{name}: {value}\n" for name, value in config.items())
+        """Write config.txt; return the flags that differ from those of the run that is resumed."""
         path = self.folder / "config.txt"
-        if self.args.resume and path.exists():
-            before = dict(line.split(": ", 1) for line in path.read_text(encoding="utf-8").splitlines() if ": " in line)
-            for name, value in config.items():
-                if name in before and before[name] != str(value):
-                    log.info("continues with --%s %s (was %s)", name, value, before[name])
-        atomic_write(path, text.encode())
+        text = config.to_text(self.args, make_parser()._actions)
+        before = read_text(path) if self.resumes and os.path.lexists(path) else text
+        atomic_write(path, text.encode(errors="surrogateescape"))
+        return config.differences(before, text)
 
     def save_state(self, state):
         atomic_save(state, self.folder / "state.pt")
+        if self.moved:  # the new run exists now
+            shutil.rmtree(self.folder / REPLACED, ignore_errors=True)
+            self.moved = False
 
     def save_models(self, net, is_best, epoch):
         names = ["model_latest.pt"] + ["model_best.pt"] * is_best + [f"model_{epoch}.pt"] * self.args.save_models
@@ -116,6 +197,69 @@ class Experiment:
                 curves.setdefault(curve, []).append((row["epoch"], value))
         for (name, label), points in curves.items():
             atomic_write(self.folder / f"{name}.png", draw_curve(points, label))
+
+
+def check_place(folder):
+    """Raise UserError or OSError where the folder cannot be made or written, before anything slow is done."""
+    if max(len(os.fsencode(part)) for part in folder.parts) > 255 or len(os.fsencode(folder)) > 3900:
+        raise UserError(f"--ckp_dir {folder.name[:40]}...: longer than file systems allow; give a shorter name")
+    place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not place.is_dir():
+        raise UserError(f"{place}: a file, not a folder; give another --ckp_dir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place}: its permissions forbid to write there; give another --ckp_dir")
+
+
+def read_text(path):
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+
+def is_config(path):
+    return path.is_file() and read_text(path).startswith((config.HEADER, "G0: "))  # or as earlier versions wrote it
+
+
+def curves_of(folder):
+    """Return the names of the curves that a run draws of the columns of loss.csv and the data sets of metrics.csv."""
+    tables = {}
+    for name in ("loss.csv", "metrics.csv"):
+        tables[name] = []
+        if (folder / name).is_file():
+            with suppress(csv.Error):
+                tables[name] = list(csv.DictReader(io.StringIO(read_text(folder / name))))
+    names = [f"loss_{column}.png" for column in (tables["loss.csv"] or [{}])[0]]
+    names += [f"psnr_{row.get('dataset')}.png" for row in tables["metrics.csv"]]
+    return sorted({name for name in names if name == Path(name).name})
+
+
+def load_state_file(path):
+    """Return the dict that `save_state` wrote; raises UserError, or OSError where the file may not be read."""
+    with path.open("rb"):
+        pass
+    try:
+        state = load_torch_file(path)
+    except UserError as error:
+        raise UserError(f"{error}; --reset starts the run anew") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not the state of a run; --reset starts the run anew")
+    return state
+
+
+def check_history(history, terms, iteration):
+    """Raise ValueError unless `history` is a list of what `Trainer.test_epoch` appends, of these loss terms."""
+    if not isinstance(history, list):
+        raise ValueError(f"history is of type {type(history).__name__}, not list")
+    last = 0
+    for epoch, row in enumerate(history, 1):
+        if not isinstance(row, dict) or row.keys() != {"epoch", "iteration", "lr", "loss", "scores"}:
+            raise ValueError(f"history has an odd entry {epoch}")
+        numbers = [row["lr"], *row["loss"].values(), *(value for pair in row["scores"].values() for value in pair)]
+        counted = row["epoch"] == epoch and type(row["iteration"]) is int and last < row["iteration"] <= iteration
+        named = list(row["loss"]) == list(terms) and all(name == Path(name).name for name in row["scores"])
+        if not counted or not named or any(len(pair) != 2 for pair in row["scores"].values()):
+            raise ValueError(f"history has an odd entry {epoch}")
+        if not all(isinstance(value, float) for value in numbers) or not all(map(math.isfinite, row["loss"].values())):
+            raise ValueError(f"history has odd numbers in entry {epoch}")
+        last = row["iteration"]
 
 
 def with_total(losses):

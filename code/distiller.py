@@ -121,7 +121,8 @@ class Distiller(nn.Module):
 
         images, side: of a batch of LR crops, on which each network is tried.
         """
-        lr, needs = self.to_input(torch.zeros(images, 3, side, side, device=self.device)), self.loss.needs_on("original", True)
+        lr = self.to_input(torch.zeros(images, 3, side, side, device=self.device))
+        needs = self.loss.needs_on("original", True)
         for net in (self.student, *self.teachers):
             trained = net is self.student or "teacher_grad" in needs
             self.compiled[net] = torch.compile(net)
@@ -135,3 +136,9 @@ class Distiller(nn.Module):
                 reason = " ".join(str(error).split())[:100]
                 log.info("--compile: %s cannot be compiled here and runs as it is (%s ...)", type(net).__name__, reason)
             self.zero_grad(set_to_none=True)
+
+
+def build_distiller(args, student: nn.Module, teachers: Sequence[nn.Module], loss: Loss) -> Distiller:
+    """Build a Distiller from the flags."""
+    return Distiller(student, teachers, loss, upcycle=args.upcycle, n_zoom_in=args.n_zoom_in,
+                     label_consistency=args.label_consistency, rgb_range=args.rgb_range, precision=args.precision)

@@ -1,4 +1,11 @@
-"""Scoring a network on test sets, and writing its images in the background."""
+"""Scoring a network on test sets, and writing its images in the background.
+
+The PSNR of a test set is the mean over its images, except those that are reproduced exactly: their PSNR is infinite, and
+with it the mean would be. The log then has a line with their number. Only where all images are exact is the mean infinite.
+Exact images do count, with 1, in the mean SSIM.
+"""
+import logging
+import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +24,12 @@ from system.device import autocast
 from system.errors import UserError, writing
 from tqdm import tqdm
 
+log = logging.getLogger("sr")
+
 
 @dataclass
 class Score:
-    """Means over a test set; psnr (dB) and ssim (0..1) are None where there is no truth."""
+    """Means over a test set, psnr (dB) without exact images, ssim (0..1); both None where there is no ground truth."""
     dataset: str
     images: int
     psnr: float | None
@@ -73,9 +82,30 @@ def score(upscale, images, writer=None, stop=lambda: False):
             writer.write(images, index, pair.name, sr, lr, hr)
     if distributed.all_reduce_max(stopped):
         return None
-    scored, *sums, seconds = distributed.all_reduce_sum([len(psnrs), sum(psnrs), sum(ssims), seconds])
-    psnr_mean, ssim_mean = (value / scored if scored else None for value in sums)
+    finite = [value for value in psnrs if value != math.inf]
+    scored, counted, psnr_sum, ssim_sum, seconds = distributed.all_reduce_sum(
+        [len(psnrs), len(finite), sum(finite), sum(ssims), seconds])
+    exact = int(scored - counted)
+    if exact:
+        log.info("%s: %d of %d images are exact; their infinite PSNR is left out of the mean", images.name, exact,
+                 len(images))
+    psnr_mean = psnr_sum / counted if counted else math.inf if exact else None
+    ssim_mean = ssim_sum / scored if scored else None
     return Score(images.name, len(images), psnr_mean, ssim_mean, seconds / len(images))
+
+
+def best(history):
+    """Return {dataset: (PSNR, epoch)} of the epoch with the highest PSNR, the first of several; NaN is never best.
+
+    history: a dict for each epoch, as `Trainer.test_epoch` records it. The data sets are those of the last epoch.
+    """
+    found = {}
+    for name in history[-1]["scores"]:
+        scores = [(row["scores"][name][0], row["epoch"]) for row in history if name in row["scores"]]
+        scores = [(psnr, epoch) for psnr, epoch in scores if not math.isnan(psnr)]
+        if scores:
+            found[name] = max(scores, key=lambda score: score[0])
+    return found
 
 
 class Writer:

@@ -1,10 +1,13 @@
 """Every flag of train.py and test.py. Imports no torch, so that --help is instant."""
 import argparse
+import difflib
 import math
 import os
 import re
-from pathlib import Path
+import sys
+from pathlib import Path, PurePath
 
+import config
 from system.errors import UserError
 from template import TEMPLATES
 
@@ -20,6 +23,10 @@ LARGEST = 1e30  # float32 ends soon after, and PyTorch's optimisers end with a t
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7)
+        if near:
+            message += f"; did you mean {near[0]}?"
         self.exit(2, f"error: {' '.join(message.splitlines())}\n")
 
 
@@ -33,7 +40,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def make_parser():
-    parser = Parser(description="Distil a large super-resolution network into a small one, score it, use it.",
+    parser = Parser(description="Distil a large super-resolution network into a small one, score it, use it. "
+                                "@FILE reads flags from a file, one on a line; config.txt of a run is such a file.",
                     allow_abbrev=False, formatter_class=Help)
 
     group = parser.add_argument_group("machine")
@@ -189,7 +197,9 @@ def make_parser():
 
     group = parser.add_argument_group("experiment")
     group.add_argument("--ckp_dir", default="first_try", help="folder of the run, under experiment/")
-    group.add_argument("--resume", type=int, choices=(0, 1), default=0, help="1 continues the run in --ckp_dir exactly")
+    group.add_argument("--resume", type=lambda word: int(word) if word in ("0", "1") else word, choices=(0, 1, "auto"),
+                       default=0, help="1 continues the run in --ckp_dir exactly; auto does so if there is one, and else "
+                                       "starts it")
     group.add_argument("--reset", action="store_true", help="replace a run that --ckp_dir already holds")
     group.add_argument("--save_every", type=not_negative, default=60,
                        help="seconds between saves of the state to resume from")
@@ -218,6 +228,10 @@ def parse(argv=None, training=True):
     `teacher` are lists, and ~ in paths is expanded.
     """
     parser = make_parser()
+    try:
+        argv = config.expand(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        parser.error(str(error))
     defaults = vars(parser.parse_args([]))
     unset = object()
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
@@ -303,6 +317,10 @@ def check_together(parser, args):
         parser.error("--resume 1 continues a run and --reset replaces it: give one of them")
     if args.save_gt and not args.save_results:
         parser.error("--save_gt adds to --save_results: give both")
+    for name in args.data_test:
+        if name != PurePath(name).name or name == "..":
+            parser.error(f"--data_test {name}: give the name of a folder in --dir_data or in its folder benchmark, such as "
+                         f"{PurePath(os.path.normpath(name)).name.strip('.') or 'Set5'}")
     if args.batch_size % (args.n_GPUs * args.split_batch):
         parser.error(f"--batch_size {args.batch_size} cannot be divided evenly by --n_GPUs {args.n_GPUs} x --split_batch "
                      f"{args.split_batch}")

@@ -1,6 +1,8 @@
 """Distils a student from teachers: data, networks, loss, trainer. Run from this folder: python train.py --help"""
 import logging
 import os
+import signal
+from contextlib import ExitStack
 
 import option
 from system.errors import UserError, is_distributed, is_rank_zero, run
@@ -19,7 +21,7 @@ def main():
     import torch  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for it
     from checkpoint import Experiment  # noqa: PLC0415
     from data import Crops, make_benchmarks, teacher_cache, views  # noqa: PLC0415
-    from distiller import Distiller  # noqa: PLC0415
+    from distiller import build_distiller  # noqa: PLC0415
     from model import describe  # noqa: PLC0415
     from model.roles import make_networks, teacher_files  # noqa: PLC0415
     from system import distributed  # noqa: PLC0415
@@ -30,32 +32,34 @@ def main():
     start_logging()
     device = pick_device(args)
     distributed.connect(device.type)
-    with distributed.rank_zero_first():
-        distributed.check_batch_divisible(args)
-        torch.manual_seed(args.seed)
-        student, teachers = make_networks(args, loss.needs_of(args.loss))
-        context = loss.Context(args, student, teachers, device, views.plan(args))
-        criterion = loss.build_loss(args.loss, context)
-        distiller = Distiller(student, teachers, criterion, upcycle=args.upcycle, n_zoom_in=args.n_zoom_in,
-                              label_consistency=args.label_consistency, rgb_range=args.rgb_range, precision=args.precision)
-        crops, benchmarks = Crops(args), make_benchmarks(args)
-        experiment = Experiment(args)
-        trainer = Trainer(args, distiller, crops, benchmarks, experiment, device)
-        if args.cache_teacher:
-            teacher_cache.prepare(crops, criterion, context, teacher_files(args), device)
-        experiment.begin()
-    logging.getLogger("sr").info("student: %s%s\nloss: %s", describe(student), "".join(
-        f"\nteacher: {describe(net)}" for net in teachers), args.loss)
-    try:
-        status = trainer.fit()
-        distributed.disconnect()
-        return status
-    except UserError as failure:
-        log_failure(failure)
-        raise
-    finally:
-        experiment.end()
+    with ExitStack() as ending:
+        with distributed.rank_zero_first():
+            distributed.check_batch_divisible(args)
+            experiment = Experiment(args)
+            ending.callback(experiment.end)
+            torch.manual_seed(args.seed)
+            student, teachers = make_networks(args, loss.needs_of(args.loss))
+            context = loss.Context(args, student, teachers, device, views.plan(args))
+            criterion = loss.build_loss(args.loss, context)
+            distiller = build_distiller(args, student, teachers, criterion)
+            crops, benchmarks = Crops(args), make_benchmarks(args)
+            trainer = Trainer(args, distiller, crops, benchmarks, experiment, device)
+            if args.cache_teacher:
+                teacher_cache.prepare(crops, criterion, context, teacher_files(args), device)
+            experiment.begin()
+        logging.getLogger("sr").info("student: %s%s\nloss: %s", describe(student), "".join(
+            f"\nteacher: {describe(net)}" for net in teachers), args.loss)
+        try:
+            status = trainer.fit()
+            distributed.disconnect()
+            return status
+        except UserError as failure:
+            log_failure(failure)
+            raise
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        run(main)
+    finally:  # Python prints a traceback where Ctrl-C meets it while it ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -11,10 +11,10 @@ import torch
 from tqdm import tqdm
 
 import evaluation
+import resume
 from data import make_batches
 from distiller import Distiller
 from loss import concatenate
-from model import describe
 from schedule import learning_rate, make_optimizer
 from system import distributed
 from system.errors import UserError
@@ -40,14 +40,14 @@ class Trainer:
         self.history = []  # a dict for each epoch, from which the CSV files and curves are written
         self.sums = torch.zeros(len(self.loss.names), dtype=torch.float64, device=device)  # of the terms, in this epoch
         self.last_lr = None  # LR images of the last batch, with which the weights are checked before they are saved
-        if experiment.state:
-            self.load_state(experiment.state)
+        if experiment.state is not None:
+            resume.load_state(self, experiment.state, experiment.folder / "state.pt")
             experiment.state = None  # frees the memory
 
     def fit(self) -> int:
         """Train until --epochs epochs are done and tested; return the exit status of the process."""
         args = self.args
-        if len(self.history) == args.epochs:
+        if self.finished():
             log.info("the run is finished: --epochs %d are done", args.epochs)
         self.parallel = distributed.wrap(self.distiller)
         if args.compile:
@@ -55,14 +55,20 @@ class Trainer:
                                             args.patch_size // args.scale)
         with Interruption() as self.interruption, retain_freed_memory(self.device):
             batches = iter(make_batches(args, self.crops, self.iteration, self.iterations, self.device.type == "cuda"))
-            while len(self.history) < args.epochs and not self.interrupted():
+            while not self.finished() and not self.interrupted():
                 if self.train_epoch(batches):
                     self.test_epoch()
             status = self.interrupted()
             if status:
                 self.save_state()
-                log.info("stopped at iteration %d; the same command with --resume 1 continues", self.iteration)
+                log.info("stopped at iteration %d; %s", self.iteration, "the run is finished" if self.finished() else
+                         "the same command with --resume 1 continues")
+            del batches  # ends its workers while Ctrl-C is handled
         return status
+
+    def finished(self) -> bool:
+        """Return whether all epochs are done and tested."""
+        return len(self.history) >= self.args.epochs
 
     def interrupted(self) -> int:
         """Return the exit status that a signal to any of the processes demands, else 0."""
@@ -86,7 +92,7 @@ class Trainer:
                     self.check_loss()
                     now = time.monotonic()
                     log.info("[%d/%d] %s  %.2f it/s, waiting for data %.1f %%", self.iteration, self.iterations,
-                             self.format_terms(self.sums / (self.iteration - end + args.test_every)),
+                             self.format_terms(self.sums / self.summed_iterations),
                              (self.iteration - printed) / (now - began), 100 * waited / (now - began))
                     progress.set_postfix_str(self.format_terms(values), refresh=False)
                     began, waited, printed = now, 0.0, self.iteration
@@ -100,6 +106,11 @@ class Trainer:
                     saved = time.monotonic()
         self.save_state()
         return True
+
+    @property
+    def summed_iterations(self) -> int:
+        """The number of iterations in `sums`; --test_every may have changed since the last test."""
+        return self.iteration - (self.history[-1]["iteration"] if self.history else 0)
 
     def step(self, lr, hr, teacher_outputs=None) -> torch.Tensor:
         """Update the student once, given a batch of `make_batches`; return the weighted values of the terms."""
@@ -136,15 +147,15 @@ class Trainer:
         if not torch.isfinite(self.sums).all():
             if distributed.rank():
                 sys.exit(2)  # as all ranks do; rank 0 reports it
-            raise UserError(f"the loss is not finite at iteration {self.iteration}: {self.format_terms(self.sums)}; what was "
-                            f"saved before is in {self.experiment.folder}; try a lower --lr, --gclip, or --precision single")
+            raise UserError(f"the loss is not finite at iteration {self.iteration}: {self.format_terms(self.sums)}; what "
+                            f"was saved before is in {self.experiment.folder}; try a lower --lr, --gclip, or --precision single")
 
     @torch.no_grad()
     def check_weights(self) -> None:
         """Raise UserError, before anything is saved, if the last update made weights that give no finite image."""
         self.check_loss()
         nets = [net for net in (self.student, self.ema) if net is not None]
-        outputs = [self.distiller.run(net, self.last_lr, features=False).sr for net in nets] if self.last_lr is not None else []
+        outputs = [self.distiller.run(net, self.last_lr, features=False).sr for net in nets if self.last_lr is not None]
         if not all(x.isfinite().all() for x in [*outputs, *self.loss.parameters()]):
             raise UserError(f"the update of iteration {self.iteration} made weights that give no finite image (its "
                             f"terms, summed over the epoch: {self.format_terms(self.sums)}); try a lower --lr, or --gclip")
@@ -170,63 +181,26 @@ class Trainer:
         epoch = len(self.history) + 1
         self.history.append(dict(
             epoch=epoch, iteration=self.iteration, lr=learning_rate(self.args, self.iteration - 1),
-            loss=dict(zip(self.loss.names, (self.sums / self.args.test_every).tolist())),
+            loss=dict(zip(self.loss.names, (self.sums / self.summed_iterations).tolist())),
             scores={s.dataset: (s.psnr, s.ssim) for s in scores if s.psnr is not None}))
         self.sums.zero_()
         if distributed.rank():
             return
-        best = {name: max((row["scores"][name][0], -row["epoch"]) for row in self.history if name in row["scores"])
-                for name in self.history[-1]["scores"]}
-        best = {name: (psnr, -of_epoch) for name, (psnr, of_epoch) in best.items()}
+        best = evaluation.best(self.history)
         log.info("epoch %d\n%s", epoch, evaluation.table(scores, best))
         # the first test set decides, as in EDSR; without ground truth the latest is the best
-        self.experiment.save_models(tested, not best or next(iter(best.values()))[1] == epoch, epoch)
+        first = next(iter(self.history[-1]["scores"]), None)
+        self.experiment.save_models(tested, first is None or best.get(first, (0, 0))[1] == epoch, epoch)
         if self.ema:
             self.experiment.save_model(self.student, "model_raw.pt")
         self.experiment.write_history(self.history)
         self.save_state()
 
-    def identity(self) -> dict:
-        """Return what a resumed run must have in common with the run that it continues."""
-        return dict(network=describe(self.student), loss="+".join(self.loss.names), optimizer=self.args.optimizer)
-
     def save_state(self) -> None:
         """Save what a resumed run needs to end bit-identical."""
-        if distributed.rank():
-            return
-        self.check_weights()
-        self.experiment.save_state(dict(
-            identity=self.identity(), iteration=self.iteration, history=self.history, sums=self.sums,
-            student=self.student.state_dict(), loss=self.loss.state_dict(), optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(), average=self.ema.state_dict() if self.ema else None,
-            random=torch.get_rng_state(),
-            random_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None))
-
-    def load_state(self, state: dict) -> None:
-        """Load what `save_state` saved; raises UserError where it is of another run."""
-        try:
-            for name, value in self.identity().items():
-                if state["identity"][name] != value:
-                    raise ValueError(f"{name} {state['identity'][name]}, not {value}")
-            self.student.load_state_dict(state["student"])
-            self.loss.load_state_dict(state["loss"])
-            if self.ema:
-                self.ema.load_state_dict(state["average"] or state["student"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.sums.copy_(state["sums"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--resume 1: the run in {self.experiment.folder} was another one ({reason}); resume it with "
-                            "its own flags, see config.txt there") from None
-        self.iteration, self.history = state["iteration"], state["history"]
-        done, every = len(self.history), self.args.test_every
-        if self.iteration > self.iterations or not done * every <= self.iteration <= (done + 1) * every:
-            raise UserError(f"--resume 1: the run is at iteration {self.iteration} after {done} epochs, which does not fit "
-                            f"--test_every {every} and --epochs {self.args.epochs}")
-        torch.set_rng_state(state["random"])
-        if self.device.type == "cuda" and state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        if not distributed.rank():
+            self.check_weights()
+            self.experiment.save_state(resume.state_of(self))
 
 
 def bar(description: str, first: int, start: int, stop: int) -> tqdm:

@@ -177,7 +177,7 @@ def test_memory_grows_with_the_positions_not_with_their_pairs(monkeypatch):
 
 @pytest.fixture
 def trial(monkeypatch, caplog):
-    """trial(kernel) -> what _choose returns for two sizes with this kernel, and blocks 10 ms slower; lines of the log; blocks."""
+    """trial(kernel) -> what _choose returns for two sizes with this kernel and slow blocks; lines of the log; blocks."""
     def slow_blocks(*args):
         time.sleep(0.01)
         return sum_in_blocks(*args)

@@ -68,7 +68,7 @@ def test_LC_compares_with_the_answer_to_the_perturbed_input():
         return x.repeat_interleave(2, 2).repeat_interleave(2, 3) * weight.view(3, 1, 1)
     lr, sr = 255 * torch.rand(4, 3, 5, 5), 255 * torch.rand(4, 3, 10, 10)
     term = loss.build_loss("LC", loss.Context(option.parse(["--lc_p", "0.7"]), None, []))
-    step = loss.LossInputs(lr, None, loss.Output(sr.requires_grad_()), None, teacher_net=teacher, forward=lambda net, x: net(x))
+    step = loss.LossInputs(lr, None, loss.Output(sr.requires_grad_()), teacher_net=teacher, forward=lambda net, x: net(x))
     torch.manual_seed(3)
     value = term(step)[0]
     torch.manual_seed(3)

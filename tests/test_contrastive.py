@@ -100,7 +100,8 @@ def test_no_anchor_is_its_own_negative():
 
 def test_CSD_is_the_contrast_of_VGG_features(make_loss, shared):
     step, chosen = make_step(), torch.tensor([[1, 2, 0], [2, 0, 1]])  # of 2 out of 2 the order alone is random
-    net = shared.get("vgg") or vgg.shared_vgg(loss.Context(option.parse(["--feature_net", "random"]), None, [], shared=shared))
+    args = option.parse(["--feature_net", "random"])
+    net = shared.get("vgg") or vgg.shared_vgg(loss.Context(args, None, [], shared=shared))
     upsampled = F.interpolate(step.lr, scale_factor=2, mode="bicubic", antialias=True)
     for d_func, function in (("L1", contrast_l1), ("cos", contrast_cos)):
         expected = function(net(step.student.sr), net(step.teacher.sr), net(upsampled), chosen)
@@ -191,7 +192,7 @@ def test_a_run_with_CSD_and_VGG(run_main, tiny_data, tmp_path):
     status, out, _ = run_main("train", line + "--neg_num 3 --feature_net random")
     assert status == 0
     assert any("--feature_net random" in text for text in out)
-    assert "feature_net: random" in (tmp_path / "run" / "config.txt").read_text()
+    assert "--feature_net random" in (tmp_path / "run" / "config.txt").read_text()
     assert (tmp_path / "run" / "loss.csv").read_text().startswith("epoch,iteration,lr,total,DS,CSD,VGG")
     assert not any("vgg" in name for name in torch.load(tmp_path / "run" / "state.pt", weights_only=True)["loss"])
     load_model(tmp_path / "run" / "model" / "model_latest.pt")

@@ -15,7 +15,7 @@ import torch
 from checkpoint import save_model
 from data import dataset
 from data.views import plan
-from distiller import Distiller
+from distiller import build_distiller
 from loss import vqgan
 from model import slim
 from model.rcan import RCAN
@@ -59,8 +59,7 @@ def make_trainer(line, device="cpu"):
     if args.width_mult:
         student = slim(teacher, args.width_mult)
     criterion = loss.build_loss(args.loss, loss.Context(args, student, [teacher], device, plan(args)))
-    distiller = Distiller(student, [teacher], criterion, upcycle=args.upcycle, n_zoom_in=args.n_zoom_in,
-                          label_consistency=args.label_consistency, rgb_range=args.rgb_range)
+    distiller = build_distiller(args, student, [teacher], criterion)
     return Trainer(args, distiller, None, [], SimpleNamespace(state=None), torch.device(device))
 
 
@@ -75,7 +74,8 @@ def gradients(case):
     torch.manual_seed(7)
     for _ in range(2):
         values = trainer.step(distributed.local_shard(lr), distributed.local_shard(hr))
-    found = {f"trained {index}": p.grad for index, p in enumerate(trainer.distiller.trainable_parameters()) if p.grad is not None}
+    trained = enumerate(trainer.distiller.trainable_parameters())
+    found = {f"trained {index}": parameter.grad for index, parameter in trained if parameter.grad is not None}
     found |= {f"state {name}": x for name, x in trainer.loss.state_dict().items() if isinstance(x, torch.Tensor)}
     return {**found, "values": values, "draws": torch.get_rng_state()}
 

@@ -215,7 +215,7 @@ def test_the_inherit_template_trains_from_the_teachers_weights(run_main, flags, 
     assert run_main("train", line)[0] == 0
     student, teacher = load_model(tmp_path / "run" / "model" / "model_latest.pt"), load_model(tmp_path / "teacher.pt")
     assert torch.allclose(student.body[1].body[0].body[0].weight, teacher.body[2].body[0].body[0].weight[:8, :8])
-    assert "loss: 1*DS" in (tmp_path / "run" / "config.txt").read_text()
+    assert "--loss 1*DS" in (tmp_path / "run" / "config.txt").read_text()
     line = line.replace("--n_resgroups 2", "").replace("--reduction 4", "").replace("--model RCAN", "--model EDSR --reset")
     status, _, err = run_main("train", line)
     assert status == 2 and len(err) == 1 and "the student is EDSR, the teacher RCAN" in err[0]

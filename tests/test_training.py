@@ -49,7 +49,7 @@ def test_a_distillation_leaves_what_was_promised(run_main, flags, teacher, tmp_p
                      "model/model_latest.pt", "model/model_best.pt", "model/model_1.pt", "model/model_2.pt",
                      "results-tiny/0_x2_SR.png", "results-tiny/0_x2_LR.png", "results-tiny/3_x2_HR.png"}
     assert not [name for name in names if name.endswith(".part")]
-    assert any("PSNR" in line for line in out) and "loss: AT+DS" in (run / "config.txt").read_text()
+    assert any("PSNR" in line for line in out) and "--loss AT+DS" in (run / "config.txt").read_text()
     net = load_model(run / "model" / "model_latest.pt")
     assert net.config == dict(scale=2, **SIZES)
 
@@ -226,7 +226,7 @@ def test_nan_in_a_term_names_the_iteration_and_the_terms(run_main, flags, monkey
 
 @pytest.mark.parametrize("extra, words", [
     ("--loss 1*DS+1*QQ", "no term QQ"),
-    ("--loss 0*DS", "nothing would be learned"),
+    ("--loss 0*DS", "nothing would be trained"),
     ("--data_train Nowhere", "download_data.sh"),
     ("--data_test Nowhere", "--data_test Sample"),
     ("--patch_size 128", "larger than"),
@@ -265,7 +265,7 @@ def test_a_broken_state_is_named(run_main, flags, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "state.pt").write_bytes(b"half a file")
     status, _, err = run_main("train", flags + "--loss 1*DS --resume 1")
-    assert status == 2 and "state.pt" in err[-1] and "broken" in err[-1]
+    assert status == 2 and "state.pt" in err[-1] and "no PyTorch file" in err[-1]
 
 
 # ---- scoring

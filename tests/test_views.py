@@ -160,8 +160,9 @@ def make_steps(weights=(1, 1), seed=0):
     for name, weight, truth in zip(("original", "zoom_in", "zoom_out"), (1, *weights), (True, False, True)):
         sr, hr, answer = 255 * torch.rand(3, 2, 3, 8, 8)
         maps = [[torch.rand(2, 8, 4, 4) for _ in range(4)] for _ in range(2)]
-        steps.append(loss.LossInputs(torch.rand(2, 3, 4, 4), hr if truth else None, loss.Output(sr.requires_grad_(), maps[0]),
-                               loss.Output(answer, maps[1]), view=name, weight=weight))
+        steps.append(loss.LossInputs(
+            torch.rand(2, 3, 4, 4), hr if truth else None, loss.Output(sr.requires_grad_(), maps[0]),
+            loss.Output(answer, maps[1]), view=name, weight=weight))
     return steps
 
 
@@ -184,7 +185,8 @@ def test_a_terms_value_is_the_weighted_sum_over_the_views_it_can_work_on():
 def test_terms_that_compare_maps_look_at_views_only_where_asked():
     criterion = make_criterion("1*DS+1*TS+10*SA")
     assert criterion.terms_on("zoom_in", False) == ["TS"] and criterion.terms_on("zoom_out", True) == ["DS", "TS"]
-    assert criterion.terms_on("original", True) == ["DS", "TS", "SA"] and "features" not in criterion.needs_on("zoom_in", False)
+    assert criterion.terms_on("original", True) == ["DS", "TS", "SA"]
+    assert "features" not in criterion.needs_on("zoom_in", False)
     criterion = make_criterion("1*DS+1*TS+10*SA", more="--view_terms SA")
     assert criterion.terms_on("zoom_in", False) == criterion.terms_on("zoom_out", True) == ["SA"]
     steps = make_steps()

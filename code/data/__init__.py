@@ -38,5 +38,7 @@ def _start_worker(worker):
     """Leave Ctrl-C and a job manager's SIGTERM, which reach every process, to the main process, which ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # not ignored for good: a process that ends without closing its loader sends SIGTERM to its workers and waits
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE) if hasattr(signal, "alarm") else sys.exit(1))
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: signal.alarm(GRACE) if hasattr(signal, "alarm") else sys.exit(1))
     torch.set_num_threads(1)

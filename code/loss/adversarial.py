@@ -24,6 +24,7 @@ from torch.func import functional_call
 
 from loss.term import Context, LossInputs, Term
 from system.distributed import all_reduce_gradients, all_reduce_mean, global_batch_size, local_shard
+from system.state import load_optimizer
 
 WIDTHS = 64, 64, 128, 128, 256, 256, 512, 512
 HIDDEN = 1024
@@ -89,7 +90,7 @@ class Adversarial(Term):
 
     def __init__(self, kind: str = "GAN", steps: int = 1, lr: float = 1e-4, rgb_range: float = 255):
         super().__init__()
-        self.kind, self.steps, self.lr, self.rgb_range = kind, steps, lr, rgb_range
+        self.kind, self.steps, self.rgb_range = kind, steps, rgb_range
         self.discriminator = make_discriminator()
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr, betas=(0.9, 0.99), fused=True)
 
@@ -129,9 +130,7 @@ class Adversarial(Term):
 
     def set_extra_state(self, state: dict) -> None:
         """Load the state of the discriminator's optimiser; the learning rate remains the one that was given."""
-        self.optimizer.load_state_dict(state)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        load_optimizer(self.optimizer, state)
 
 
 TERMS = {"GAN": Adversarial}

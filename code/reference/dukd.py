@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from data import degrade
 from data.views import plan
-from distiller import Distiller
+from distiller import build_distiller
 from loss import Context, build_loss
 from schedule import make_optimizer
 from torch import nn
@@ -85,8 +85,7 @@ def make_step(student: nn.Module, teacher: nn.Module, flags: str, device: torch.
     """
     args = option.parse(flags.split())
     loss = build_loss(args.loss, Context(args, student, [teacher], device, plan(args)))
-    distiller = Distiller(student, [teacher], loss, upcycle=args.upcycle, n_zoom_in=args.n_zoom_in,
-                          label_consistency=args.label_consistency, rgb_range=args.rgb_range, precision=args.precision)
+    distiller = build_distiller(args, student, [teacher], loss)
     distiller.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(args, distiller.trainable_parameters())
 

@@ -4,16 +4,19 @@ import time
 
 
 class Interruption:
-    """Within it SIGINT and SIGTERM only set `status` (130, 143), for the loop to save and end; a second one ends at once.
+    """Within it SIGINT, SIGTERM and SIGHUP only set `status` (130, 143, 129), for the loop to save and end.
 
-    A second signal within PAUSE seconds is ignored: torchrun passes on to its processes what the terminal sent them already.
+    A second signal ends the process at once, unless it arrives within PAUSE seconds: torchrun passes on to its processes
+    what the terminal sent them already. A SIGHUP that is ignored (nohup) stays ignored.
     """
 
     PAUSE = 1  # second
+    NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __enter__(self):
         self.status, self.received = 0, 0.0
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.handle) for number in self.NUMBERS
+                       if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def handle(self, number, frame):

@@ -1,0 +1,67 @@
+"""The state of a training run, from which `--resume` continues it bit by bit."""
+from pathlib import Path
+
+import torch
+
+from checkpoint import check_history
+from model import describe
+from system.errors import UserError
+from system.state import check_like, load_optimizer
+
+
+def identity_of(trainer) -> dict:
+    """Return what a resumed run must have in common with the run that it continues."""
+    first_test_set = next((f"{images.name}, {len(images)} images" for images in trainer.benchmarks
+                           if any(pair.hr for pair in images.pairs)), None)  # by which model_best.pt is chosen
+    return {"network": describe(trainer.student), "loss": "+".join(trainer.loss.names),
+            "optimizer": trainer.args.optimizer, "first test set": first_test_set}
+
+
+def state_of(trainer) -> dict:
+    """Return the state of a `Trainer`: weights, optimisers, moving average, random numbers, history."""
+    return dict(
+        identity=identity_of(trainer), iteration=trainer.iteration, history=trainer.history, sums=trainer.sums,
+        student=trainer.student.state_dict(), loss=trainer.loss.state_dict(), optimizer=trainer.optimizer.state_dict(),
+        scaler=trainer.scaler.state_dict(), ema=trainer.ema.state_dict() if trainer.ema else None,
+        random=torch.get_rng_state(),
+        random_cuda=torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None)
+
+
+def load_state(trainer, state: dict, path: Path) -> None:
+    """Continue from what `state_of` returned, read from `path`; the flags of the resumed run decide its settings.
+
+    Raises UserError, before anything is changed, where the state is of another run, damaged, or does not fit the flags.
+    """
+    own, args = state_of(trainer), trainer.args
+    try:
+        before = {**own["identity"], **state["identity"]}
+        for name, value in own["identity"].items():
+            if before[name] != value:
+                raise UserError(f"--resume 1: the run in {path.parent} was another one ({name}: {before[name]}, not "
+                                f"{value}); resume it with its own flags, see config.txt there")
+        for name in ("iteration", "student", "loss", "sums", "random"):
+            check_like(state[name], own[name], name)
+        check_history(state["history"], trainer.loss.names, state["iteration"])
+        trainer.student.load_state_dict(state["student"])
+        trainer.loss.load_state_dict(state["loss"])
+        if trainer.ema:
+            ema = state["student"] if state["ema"] is None else state["ema"]  # --ema may be new
+            check_like(ema, own["ema"], "ema")
+            trainer.ema.load_state_dict(ema)
+        load_optimizer(trainer.optimizer, state["optimizer"])
+        if state["scaler"] and trainer.scaler.is_enabled():
+            check_like(state["scaler"], own["scaler"], "scaler")
+            trainer.scaler.load_state_dict(state["scaler"])
+        trainer.sums.copy_(state["sums"])
+        trainer.iteration, trainer.history = state["iteration"], state["history"]
+        torch.set_rng_state(state["random"])
+        if trainer.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], trainer.device)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not the state of such a run ({reason}); resume it with its own flags, see config.txt "
+                        "there, or start it anew with --reset") from None
+    done, every = len(trainer.history), args.test_every
+    if trainer.iteration > trainer.iterations or not done * every <= trainer.iteration <= (done + 1) * every:
+        raise UserError(f"--resume 1: the run is at iteration {trainer.iteration} after {done} epochs, which does not fit "
+                        f"--test_every {every} and --epochs {args.epochs}")
