@@ -5,8 +5,8 @@ its own. A killed run is resumed (started again where nothing was saved), perhap
 what it leaves must equal, bit by bit, what an uninterrupted run of the same command, its twin, left. The table counts:
 
 trials, kills    runs, and the signals that reached them
-lost             a run that cannot go on or does not finish; saved or, before a signal that lets a run save, logged iterations
-                 that are gone
+lost             a run that cannot go on or does not finish; iterations that are gone although they were saved, or logged
+                 before a signal after which a run saves
 different        models, state, scores, losses, images or cached arrays that are not those of the twin, also between kills
 tracebacks       processes that printed one
 status           other exit statuses than the documented ones, and processes that outlived their run
@@ -47,8 +47,10 @@ COLUMNS = "trials", "kills", "lost", "different", "tracebacks", "status", "lefto
 FAILURES = "lost", "different", "tracebacks", "status"
 LOGGED = re.compile(r" \[([0-9]+)/[0-9]+\] ")  # an iteration in log.txt
 SMALL = "--cpu --scale 2 --n_threads 0"
-RUN = (f"{SMALL} --model RCAN --n_resgroups 1 --n_resblocks 1 --n_feats 8 --reduction 4 --patch_size 24 --batch_size 4 "
-       "--data_train tiny --data_test tiny --epochs 2 --print_every 1 --save_every 0.1 --lr 1e-3")
+TRAIN = (f"{SMALL} --patch_size 24 --batch_size 4 --data_train tiny --data_test tiny --epochs 2 --print_every 1 "
+         "--save_every 0.1 --lr 1e-3")
+LARGE = "--data_train large --data_test large --epochs 1"
+RUN = f"{TRAIN} --model RCAN --n_resgroups 1 --n_resblocks 1 --n_feats 8 --reduction 4"
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,18 @@ KILLED = (
     Configuration("upcycled views", f"{RUN} --teacher TEACHER --loss 1*DS+1*TS --upcycle 1*zoom_in+1*zoom_out "
                   "--label_consistency 0.3 --test_every 50"),
     Configuration("GAN", f"{RUN} --loss 1*DS+0.1*GAN --test_every 25"),
-    Configuration("cached teacher outputs", f"{RUN} --data_train large --teacher TEACHER --loss 1*TS --cache_teacher "
-                  "--n_threads 1 --test_every 120", caches=True),
-    Configuration("channel slice", f"{RUN} --teacher TEACHER --width_mult 0.5 --loss 1*DS+1*T_DS+1*CSD --feature_net random "
-                  "--test_every 8"),
+    Configuration("cached teacher outputs", f"{RUN} --data_train large --teacher TEACHER --loss 1*TS "
+                  "--cache_teacher --n_threads 1 --test_every 120", caches=True),
+    Configuration("channel slice", f"{TRAIN} --teacher TEACHER --width_mult 0.5 --loss 1*DS+1*T_DS+1*CSD "
+                  "--feature_net random --test_every 8"),
     Configuration("two processes", f"{RUN} --n_GPUs 2 --teacher TEACHER --loss 1*DS+1*TS+1*IA --test_every 60"),
     Configuration("workers", f"{RUN} --n_threads 2 --optimizer SGD --loss 1*DS --test_every 100"),
-    Configuration("decoding", f"{RUN} --data_train large --data_test large --loss 1*DS --epochs 1 --test_every 3", caches=True),
+    Configuration("decoding", f"{RUN} {LARGE} --loss 1*DS --test_every 3", caches=True),
     Configuration("testing", f"{SMALL} --ckp_path TEACHER --data_test large --save_results --save_gt", "test.py"),
 )
 ONCE = Configuration("", f"{RUN} --teacher TEACHER --loss 1*DS+1*TS --save_results --test_every 20", caches=True)
-TOGETHER = (Configuration("", f"{RUN} --data_train large --data_test large --loss 1*DS --epochs 1 --test_every 5", caches=True),
-            Configuration("", f"{RUN} --data_train large --data_test large --teacher TEACHER --loss 1*TS --cache_teacher "
-                          "--epochs 1 --test_every 5", caches=True))
+TOGETHER = (Configuration("", f"{RUN} {LARGE} --loss 1*DS --test_every 5", caches=True),
+            Configuration("", f"{RUN} {LARGE} --teacher TEACHER --loss 1*TS --cache_teacher --test_every 5", caches=True))
 
 
 @dataclass
@@ -331,7 +332,7 @@ class Bench:
             trial.events.append(f"saved at iteration {saved}, logged {run.logged()}")
             if saved < before:
                 trial.fault("lost", f"state.pt went back from iteration {before} to {saved}")
-            if number != signal.SIGKILL and saved < run.logged():
+            if number != signal.SIGKILL and max(saved, 0) < run.logged():
                 trial.fault("lost", f"iteration {run.logged()} was logged, {saved} saved on {number.name}")
             check_between(trial, folder, twin, configuration, cache)
         if status == 0:
@@ -351,7 +352,7 @@ class Bench:
         else:
             run.wait_until(run.wrote, LIMIT)
             delay = rng.uniform(0, twin.seconds - twin.until_first_file)
-        run.wait_until(lambda end=time.monotonic() + delay: time.monotonic() >= end, LIMIT)
+        run.wait_until(lambda: False, delay)
         if run.process.poll() is not None:
             return None
         number, whole, pids = rng.choice(SIGNALS), rng.random() < 0.5, run.pids()
@@ -374,7 +375,7 @@ class Bench:
         """Run on a disk that is too small, then go on with room made there, and compare."""
         rng = random.Random(f"{self.seed} disk {number}")
         trial, twin = Trial("full disk"), self.twin(ONCE)
-        sizes = [file.stat().st_size for part in ("run", "cache") for file in (twin.folder / part).rglob("*") if file.is_file()]
+        sizes = [file.stat().st_size for file in twin.folder.rglob("*") if file.is_file()]
         folder = self.root / f"disk-{uuid.uuid4().hex}"
         folder.mkdir()
         wrapper = ()
@@ -408,7 +409,7 @@ class Bench:
             if self.can_mount is None:
                 folder = self.root / "mount"
                 folder.mkdir()
-                self.can_mount = sys.platform == "linux" and shutil.which("mount") is not None and self.mount(folder, 1 << 20)
+                self.can_mount = self.mount(folder, 1 << 20)
                 if self.can_mount:
                     subprocess.run(["umount", str(folder)], check=True)
                 else:
@@ -464,7 +465,7 @@ class Bench:
             run = Run(self, ONCE, folder, stdout=write)
             os.close(write)
             os.set_blocking(read, False)
-            run.wait_until(lambda end=time.monotonic() + rng.uniform(0, twin.seconds): time.monotonic() >= end, LIMIT)
+            run.wait_until(lambda: False, rng.uniform(0, twin.seconds))
             os.close(read)
         elif kind == ">/dev/full":
             with open("/dev/full", "wb") as full:
@@ -498,7 +499,7 @@ class Campaign:
         self.began = time.monotonic()
 
     def next(self):
-        """Return a function that makes one trial; None when all are done. The configuration with the fewest kills is next."""
+        """Return a function that makes one trial, of the configuration with the fewest kills; None when there are enough."""
         with self.lock:
             missing = self.kills - self.count("kills") - self.reserved.total()
             if self.configurations and missing > 0:
@@ -517,13 +518,17 @@ class Campaign:
         return sum(row[column] for row in self.table.values())
 
     def work(self):
-        while trial := self.next():
-            self.add(*trial())
-        # a trial that is still running may have ended with fewer kills than were kept for it
-        while self.reserved.total() and self.configurations:
-            time.sleep(0.5)
-            while trial := self.next():
-                self.add(*trial())
+        try:
+            while not self.bench.stopping:
+                trial = self.next()
+                if trial:
+                    self.add(*trial())
+                elif not self.reserved.total():
+                    return
+                else:
+                    time.sleep(0.5)  # a trial that is under way may end with fewer kills than were kept for it
+        finally:
+            self.bench.stopping |= sys.exc_info()[0] is not None
 
     def add(self, trial, kept):
         with self.lock:
