@@ -63,15 +63,15 @@ class Configuration:
 
 
 KILLED = (
-    Configuration("feature terms", f"{RUN} --teacher TEACHER --loss 1*DS+1*TS+1*SA+1*fitnet --ema 0.9 --test_every 60"),
+    Configuration("feature terms", f"{RUN} --teacher TEACHER --loss 1*DS+1*TS+1*SA+1*fitnet --ema 0.9 --test_every 40"),
     Configuration("upcycled views", f"{RUN} --teacher TEACHER --loss 1*DS+1*TS --upcycle 1*zoom_in+1*zoom_out "
-                  "--label_consistency 0.3 --test_every 50"),
-    Configuration("GAN", f"{RUN} --loss 1*DS+0.1*GAN --test_every 25"),
+                  "--label_consistency 0.3 --test_every 40"),
+    Configuration("GAN", f"{RUN} --loss 1*DS+0.1*GAN --test_every 12"),
     Configuration("cached teacher outputs", f"{RUN} --data_train large --teacher TEACHER --loss 1*TS "
-                  "--cache_teacher --n_threads 1 --test_every 120", caches=True),
+                  "--cache_teacher --n_threads 1 --test_every 80", caches=True),
     Configuration("channel slice", f"{TRAIN} --teacher TEACHER --width_mult 0.5 --loss 1*DS+1*T_DS+1*CSD "
-                  "--feature_net random --test_every 8"),
-    Configuration("two processes", f"{RUN} --n_GPUs 2 --teacher TEACHER --loss 1*DS+1*TS+1*IA --test_every 60"),
+                  "--neg_num 2 --feature_net random --test_every 8"),
+    Configuration("two processes", f"{RUN} --n_GPUs 2 --teacher TEACHER --loss 1*DS+1*TS+1*IA --test_every 40"),
     Configuration("workers", f"{RUN} --n_threads 2 --optimizer SGD --loss 1*DS --test_every 100"),
     Configuration("decoding", f"{RUN} {LARGE} --loss 1*DS --test_every 3", caches=True),
     Configuration("testing", f"{SMALL} --ckp_path TEACHER --data_test large --save_results --save_gt", "test.py"),

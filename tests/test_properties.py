@@ -115,9 +115,11 @@ SIZE = st.integers(1, 200)
 
 
 def check_cut(spans, size, tile_pad, align):
-    """Assert that spans cover 0..size once, begin at multiples of align, and see tile_pad beyond them or the border."""
+    """Assert that spans cover 0..size once, see tile_pad beyond them or the border, and are equally large with it."""
     starts, stops = zip(*(span[:2] for span in spans))
     assert starts == (0, *stops[:-1]) and stops[-1] == size
+    extents = [last - first for _, _, first, last in spans]
+    assert max(extents) - min(extents) < align
     for start, stop, first, last in spans:
         assert 0 <= first <= start < stop <= last <= size and first % align == 0
         assert first == 0 or start - first >= tile_pad
