@@ -85,6 +85,7 @@ TOGETHER = (Configuration("", f"{RUN} {LARGE} --loss 1*DS --test_every 5", cache
 class Twin:
     """What an uninterrupted run left, and how long it took, in seconds: until it wrote its first file, and in all."""
     folder: Path
+    iterations: int
     until_first_file: float
     seconds: float
 
@@ -302,7 +303,7 @@ class Bench:
         until_first_file = time.monotonic() - run.began
         if run.process.wait(LIMIT):
             raise RuntimeError(f"an uninterrupted run failed: {configuration}\n{run.text()[-2000:]}")
-        return Twin(folder, until_first_file, time.monotonic() - run.began)
+        return Twin(folder, saved_iteration(folder), until_first_file, time.monotonic() - run.began)
 
     def kill_trial(self, configuration, kills, number):
         """Kill a run up to `kills` times, resume it, let it finish, compare."""
@@ -311,19 +312,18 @@ class Bench:
         folder = self.root / f"trial-{uuid.uuid4().hex}"
         folder.mkdir()
         cache = folder / "cache" if configuration.caches else self.root / "cache"
-        saved = -1
+        saved, status = -1, None
         while True:
-            resume = (folder / "run" / "state.pt").exists()
-            run = Run(self, configuration, folder, resume)
-            struck = kills > trial.counts["kills"] and self.strike(run, rng, twin, trial)
+            run = Run(self, configuration, folder, resume=saved >= 0)
+            struck = kills > trial.counts["kills"] and self.strike(run, rng, twin, saved, trial)
             if not struck:
                 status = run.finish(trial, (0,))
                 break
-            number, whole = struck
-            if number == signal.SIGKILL:
-                run.finish(trial, (-number, 0) if whole else (-number, 128 + number, 2, 0))
+            sent, whole = struck
+            if sent == signal.SIGKILL:
+                run.finish(trial, (-sent, 0) if whole else (-sent, 2, 0))
             else:
-                run.finish(trial, (128 + number, -number, 0))
+                run.finish(trial, (128 + sent, -sent, 0))
             try:
                 before, saved = saved, saved_iteration(folder)
             except Exception as error:
@@ -332,8 +332,8 @@ class Bench:
             trial.events.append(f"saved at iteration {saved}, logged {run.logged()}")
             if saved < before:
                 trial.fault("lost", f"state.pt went back from iteration {before} to {saved}")
-            if number != signal.SIGKILL and max(saved, 0) < run.logged():
-                trial.fault("lost", f"iteration {run.logged()} was logged, {saved} saved on {number.name}")
+            if sent != signal.SIGKILL and max(saved, 0) < run.logged():
+                trial.fault("lost", f"iteration {run.logged()} was logged, {saved} saved on {sent.name}")
             check_between(trial, folder, twin, configuration, cache)
         if status == 0:
             check_finished(trial, folder, twin, configuration, cache)
@@ -342,34 +342,35 @@ class Bench:
         shutil.rmtree(folder)
         return trial
 
-    def strike(self, run, rng, twin, trial):
+    def strike(self, run, rng, twin, saved, trial):
         """Send a random signal at a random moment -> (signal, whether to all processes); None where the run ended before.
 
-        Most moments lie after the first file was written, some anywhere.
+        Most moments lie after the first file was written, some anywhere. `saved`: the iteration that the run goes on from.
         """
         if rng.random() < 0.2:
             delay = rng.uniform(0, twin.seconds)
         else:
             run.wait_until(run.wrote, LIMIT)
-            delay = rng.uniform(0, twin.seconds - twin.until_first_file)
+            left = max(0.2, 1 - max(saved, 0) / max(twin.iterations, 1))
+            delay = rng.uniform(0, left * (twin.seconds - twin.until_first_file))
         run.wait_until(lambda: False, delay)
         if run.process.poll() is not None:
             return None
-        number, whole, pids = rng.choice(SIGNALS), rng.random() < 0.5, run.pids()
+        sent, whole, pids = rng.choice(SIGNALS), rng.random() < 0.5, run.pids()
         try:
-            if number == signal.SIGKILL:  # a machine that goes down, or one process for lack of memory
+            if sent == signal.SIGKILL:  # a machine that goes down, or one process for lack of memory
                 for pid in pids if whole else [rng.choice(pids or [run.process.pid])]:
-                    os.kill(pid, number)
+                    os.kill(pid, sent)
             elif whole:  # as a terminal does
-                os.killpg(run.process.pid, number)
+                os.killpg(run.process.pid, sent)
             else:
-                os.kill(run.process.pid, number)
+                os.kill(run.process.pid, sent)
         except ProcessLookupError:
             return None
         trial.counts["kills"] += 1
-        trial.events.append(f"{number.name} to {'all' if whole else 'one'} of {len(pids)} processes after "
+        trial.events.append(f"{sent.name} to {'all' if whole else 'one'} of {len(pids)} processes after "
                             f"{time.monotonic() - run.began:.2f} s")
-        return number, whole
+        return sent, whole
 
     def disk_trial(self, number):
         """Run on a disk that is too small, then go on with room made there, and compare."""
