@@ -66,7 +66,7 @@ KILLED = (
     Configuration("feature terms", f"{RUN} --teacher TEACHER --loss 1*DS+1*TS+1*SA+1*fitnet --ema 0.9 --test_every 40"),
     Configuration("upcycled views", f"{RUN} --teacher TEACHER --loss 1*DS+1*TS --upcycle 1*zoom_in+1*zoom_out "
                   "--label_consistency 0.3 --test_every 40"),
-    Configuration("GAN", f"{RUN} --loss 1*DS+0.1*GAN --test_every 12"),
+    Configuration("GAN", f"{RUN} --loss 1*DS+0.1*GAN --batch_size 2 --test_every 10"),
     Configuration("cached teacher outputs", f"{RUN} --data_train large --teacher TEACHER --loss 1*TS "
                   "--cache_teacher --n_threads 1 --test_every 80", caches=True),
     Configuration("channel slice", f"{TRAIN} --teacher TEACHER --width_mult 0.5 --loss 1*DS+1*T_DS+1*CSD "

@@ -21,7 +21,7 @@ from model import NETWORKS, CheckpointError, load_model, save_header
 from system.errors import UserError
 from torch import nn
 
-settings.register_profile("ci", deadline=None, derandomize=True, database=None, max_examples=60,
+settings.register_profile("ci", deadline=None, derandomize=True, database=None, max_examples=40,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("ci")
 
@@ -61,7 +61,7 @@ def test_any_text_is_a_loss_or_a_user_error(text):
 
 
 @pytest.mark.parametrize("name", PARSERS)
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(text=TEXT)
 def test_any_text_is_a_value_or_an_argument_error(name, text):
     try:
@@ -280,7 +280,7 @@ def changes(draw):
 
 
 @pytest.mark.parametrize("name", SMALL)
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(change=changes(), headed=st.booleans())
 def test_a_changed_checkpoint_is_loaded_or_refused(states, tmp_path, name, change, headed):
     header, state = states(name)
