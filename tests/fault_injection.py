@@ -491,7 +491,7 @@ class Campaign:
         self.configurations = [one for one in KILLED if only in one.name]
         others = {"full disk": bench.disk_trial, "concurrent starts, one cache": bench.start_trial,
                   "concurrent starts, one folder": bench.folder_trial, "output lost": bench.output_trial}
-        times = max(2, kills // 25)
+        times = max(2, kills // 40)
         self.others = [(function, number) for number in range(times) for name, function in others.items() if only in name]
         self.table = {name: Counter() for name in [*(one.name for one in self.configurations),
                                                    *(name for name in others if only in name)]}
