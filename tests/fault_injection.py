@@ -335,6 +335,8 @@ class Bench:
             if sent != signal.SIGKILL and max(saved, 0) < run.logged():
                 trial.fault("lost", f"iteration {run.logged()} was logged, {saved} saved on {sent.name}")
             check_between(trial, folder, twin, configuration, cache)
+            if before == saved == twin.iterations > 0:
+                kills = 0  # nothing is left to train: more kills would only seem to be survived
         if status == 0:
             check_finished(trial, folder, twin, configuration, cache)
         elif status is not None:
