@@ -30,9 +30,8 @@ settings.load_profile("ci")
 ALMOST = st.text("0123456789.eE+-*,/[]()=~_ \0aABDSTxit\u0663\u00e9\n", max_size=16)  # near to what the parsers accept
 TEXT = ALMOST | st.text(max_size=16)
 WEIGHTS = st.floats(0, 1e30)
-PARSERS = ("parse_list", "parse_once", "parse_numbers", "parse_rdn_config", "parse_features", "parse_decay", "parse_views",
-           "parse_names", "parse_steps", "parse_betas", "home_path", "natural", "positive", "fraction", "probability",
-           "positive_number", "not_negative", "pixel_range", "seed", "up_to_64", "up_to_100", "batch")
+TYPES = {action.option_strings[0]: action.type for action in option.make_parser()._actions if action.type}
+PARSERS = sorted({parse.__name__: parse for parse in TYPES.values()}.items())
 TEXT_FLAGS = sorted(action.option_strings[0] for action in option.make_parser()._actions
                     if action.type or (action.nargs is None and not action.choices))
 
@@ -60,12 +59,12 @@ def test_any_text_is_a_loss_or_a_user_error(text):
         assert loss.parse(text)
 
 
-@pytest.mark.parametrize("name", PARSERS)
+@pytest.mark.parametrize("parse", [parse for _, parse in PARSERS], ids=[name for name, _ in PARSERS])
 @settings(max_examples=30)
 @given(text=TEXT)
-def test_any_text_is_a_value_or_an_argument_error(name, text):
+def test_any_text_is_a_value_or_an_argument_error(parse, text):
     try:
-        getattr(option, name)(text)
+        parse(text)
     except (argparse.ArgumentTypeError, ValueError) as error:
         assert str(error)
 
@@ -91,21 +90,21 @@ def test_a_command_line_is_read_or_ends_in_one_line_and_status_2(capsys, flag, t
 
 @given(st.lists(st.sampled_from(["RCAN", "EDSR", "a b", "x.pt"]), min_size=1))
 def test_the_three_ways_to_write_a_list_are_one(names):
-    assert option.parse_list("+".join(names)) == option.parse_list(",".join(names)) == names
-    assert option.parse_list(f"[{', '.join(names)}]") == names
+    parse_list = TYPES["--data_train"]
+    assert parse_list("+".join(names)) == parse_list(",".join(names)) == parse_list(f"[{', '.join(names)}]") == names
 
 
 @given(st.lists(st.integers(1, 10**9), min_size=1, unique=True).map(sorted))
 def test_numbers_are_read_as_they_were_written(numbers):
     text = "-".join(map(str, numbers))
-    assert option.parse_decay(text) == option.parse_steps(text) == numbers
-    iterations = option.parse_decay(f"{text}it")
+    assert TYPES["--decay"](text) == TYPES["--history_every"](text) == numbers
+    iterations = TYPES["--decay"](f"{text}it")
     assert iterations == numbers and repr(iterations) == f"{text}it"
 
 
 @given(st.permutations(range(4)), st.integers(1, 4))
 def test_features_are_read_as_they_were_written(features, number):
-    assert option.parse_features(str(features[:number])) == features[:number]
+    assert TYPES["--features"](str(features[:number])) == features[:number]
 
 
 # ---- tiles
@@ -211,7 +210,7 @@ def test_what_is_perturbed_can_be_restored(batch):
     assert torch.equal(consistency.restore(consistency.perturb(images, chosen, 255), chosen, 255), images)
     moved = chosen.clone()
     moved[:, consistency.INVERT] = False
-    assert torch.equal(consistency.restore_map(consistency.perturb(images, moved, 255), chosen), images)
+    assert torch.equal(consistency.restore_features(consistency.perturb(images, moved, 255), chosen), images)
 
 
 @given(batches())
@@ -227,8 +226,11 @@ def test_every_draw_can_be_applied_and_undone(number, height, width, p, seed):
     images = [image(number, 3, height, width), image(number, 3, 4, 4)]
     chosen = consistency.draw(images[0], p)
     assert chosen.shape == (number, 4) and (0 < p < 1 or chosen.all() == chosen.any() == bool(p))
-    outputs = consistency.on_perturbed(lambda inputs: [Output(without_orientation(x), [x]) for x in inputs], images, p, 255)
-    for output, x in zip(outputs, images):
+
+    def forward(inputs):
+        return [Output(without_orientation(x), [x]) for x in inputs]
+
+    for output, x in zip(consistency.with_label_consistency(forward, images, p, 255), images):
         assert torch.equal(output.sr, without_orientation(x)) and output.features[0].shape == x.shape
 
 
