@@ -127,12 +127,12 @@ def check_cut(spans, size, tile_pad, align):
 
 @given(SIZE, st.integers(1, 20), st.integers(0, 8), ALIGN)
 def test_tiles_cover_an_axis_once(size, tiles, pads, align):
-    check_cut(inference._spans(size, tiles * align, pads * align, align), size, pads * align, align)
+    check_cut(inference._divide(size, tiles * align, pads * align, align), size, pads * align, align)
 
 
 @given(SIZE, st.integers(0, 8), ALIGN)
 def test_each_cut_says_what_it_computes(size, pads, align):
-    cuts = inference._cuts(size, pads * align, align)
+    cuts = inference._divisions(size, pads * align, align)
     assert len(cuts[0][2]) == 1
     for total, window, spans in cuts:
         check_cut(spans, size, pads * align, align)
@@ -141,11 +141,11 @@ def test_each_cut_says_what_it_computes(size, pads, align):
 
 @given(SIZE, SIZE, st.integers(0, 4), ALIGN, st.integers(1, 50_000))
 def test_the_tiles_keep_to_the_limit_or_are_the_smallest(height, width, pads, align, limit):
-    area, rows, columns = inference._cheapest(height, width, pads * align, align, limit)
+    area, rows, columns = inference._choose_tiles(height, width, pads * align, align, limit)
     check_cut(rows, height, pads * align, align)
     check_cut(columns, width, pads * align, align)
     assert max((bottom - top) * (right - left) for _, _, top, bottom in rows for _, _, left, right in columns) <= area
-    smallest = math.prod(min(cut[1] for cut in inference._cuts(size, pads * align, align)) for size in (height, width))
+    smallest = math.prod(min(cut[1] for cut in inference._divisions(size, pads * align, align)) for size in (height, width))
     assert area <= limit or area == smallest
 
 
@@ -179,9 +179,10 @@ def test_the_result_in_tiles_is_that_of_the_whole(images, height, width, tile, w
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 2000), st.integers(1, 4), ALIGN)
 def test_the_result_of_the_cheapest_cut_is_that_of_the_whole(height, width, limit, batch, window):
     net, lr = Exact(window), image(1, 3, height, width)
-    _, rows, columns = inference._cheapest(height, width, inference._up(2, window), window, limit)
+    _, rows, columns = inference._choose_tiles(height, width, inference._round_up(2, window), window, limit)
     with torch.no_grad():
-        assert torch.equal(inference._fill(torch.empty(1, 3, 2 * height, 2 * width), net, lr, rows, columns, batch), net(lr))
+        sr = inference._run_tiles(torch.empty(1, 3, 2 * height, 2 * width), net, lr, rows, columns, batch)
+        assert torch.equal(sr, net(lr))
 
 
 # ---- label consistency
