@@ -7,10 +7,10 @@ import evaluation
 import option
 import pytest
 import torch
-from loss import Loss, adversarial
+from loss import Context, adversarial, build_loss
 from system.state import load_optimizer
 from test_training import flags, rows  # noqa: F401
-from trainer import make_optimizer
+from schedule import make_optimizer
 
 RUN = "--loss 1*DS+1*GAN --test_every 2 --save_every 1000 "
 
@@ -170,7 +170,7 @@ def resume(saved):
 
     from checkpoint import load_state_file  # noqa: PLC0415
     from data import Crops, make_benchmarks  # noqa: PLC0415
-    from loss import Setting  # noqa: PLC0415
+    from distiller import build_distiller  # noqa: PLC0415
     from model.roles import make_networks  # noqa: PLC0415
     from system.errors import UserError  # noqa: PLC0415
     from trainer import Trainer  # noqa: PLC0415
@@ -180,10 +180,11 @@ def resume(saved):
 
     def make(path):
         student, _ = make_networks(args, set())
-        setting = Setting(args, student, [], torch.device("cpu"), [])
+        criterion = build_loss(args.loss, Context(args, student, []))
         try:
             experiment = SimpleNamespace(state=load_state_file(path), folder=path.parent)
-            Trainer(args, student, [], Loss(args.loss, setting), crops, benchmarks, experiment, torch.device("cpu"))
+            Trainer(args, build_distiller(args, student, [], criterion), crops, benchmarks, experiment,
+                    torch.device("cpu"))
         except UserError as error:
             return str(error)
     assert make(folder / "state.pt") is None
