@@ -4,6 +4,7 @@ import io
 import logging
 
 import torch
+
 from model import save_header
 from model.loading import CheckpointError
 from option import ROOT
