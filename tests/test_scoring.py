@@ -124,7 +124,7 @@ def test_an_overflow_on_ones_own_images_names_the_image(run_main, overflowing, t
 # ---- limits of the machine
 
 MEMORY = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), OSError(
-    12, "Cannot allocate memory"), RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: "
+    12, "Cannot allocate memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: "
     "you tried to allocate 99 bytes. Error code 12"), RuntimeError("cuBLAS error: CUBLAS_STATUS_ALLOC_FAILED ")]
 
 
