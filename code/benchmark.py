@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import option
+from option_types import natural, parse_list, parse_numbers, positive, positive_number
 from system.errors import UserError, run, writing
 
 log = logging.getLogger("sr")
@@ -86,17 +87,17 @@ def parse(argv: list[str] | None = None):
     """Parse the flags."""
     parser = option.Parser(description="Compare time and peak memory with the reference implementations: a table, a CSV "
                                        "file and a picture.", allow_abbrev=False)
-    parser.add_argument("--only", type=option.parse_list, help="comparisons, A+B (default: all of those in reference/)")
-    parser.add_argument("--sizes", type=option.parse_numbers,
+    parser.add_argument("--only", type=parse_list, help="comparisons, A+B (default: all of those in reference/)")
+    parser.add_argument("--sizes", type=parse_numbers,
                         help="sides of the images or feature maps in pixels, A+B (default: each comparison's own)")
-    parser.add_argument("--repeats", type=option.positive, default=5,
+    parser.add_argument("--repeats", type=positive, default=5,
                         help="runs of each implementation (default: 5), fewer where they take long")
-    parser.add_argument("--memory", type=option.positive_number,
+    parser.add_argument("--memory", type=positive_number,
                         help="GB; a reference implementation that needs more is not run (default: half of the device's)")
     parser.add_argument("--output", default=str(option.ROOT / "experiment" / "benchmark"),
                         help="folder for benchmark.csv and benchmark.png (default: experiment/benchmark)")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
-    parser.add_argument("--gpu_id", type=option.natural, default=0, help="index of the GPU (default: 0)")
+    parser.add_argument("--gpu_id", type=natural, default=0, help="index of the GPU (default: 0)")
     return parser.parse_args(argv)
 
 

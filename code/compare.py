@@ -1,4 +1,4 @@
-"""Scores several checkpoints beside bicubic upscaling: a table, compare.csv and compare.png. Run from this folder.
+"""Compare several checkpoints and bicubic upscaling in a table, compare.csv and compare.png. Run from this folder.
 
 python compare.py --ckp_path scratch=A.pt+distilled=B.pt+teacher=RCAN --data_test Sample --ckp_dir quickstart
 """
@@ -6,9 +6,12 @@ import csv
 import io
 import logging
 import os
+from types import SimpleNamespace
 
 import numpy as np
+
 import option
+from option_types import parse_labelled
 from system.errors import UserError, run, writing
 
 log = logging.getLogger("sr")
@@ -16,7 +19,8 @@ CROP = 96  # HR pixels a side
 COLUMNS = "network", "dataset", "psnr", "ssim", "parameters", "ms_per_image"
 
 
-def main():
+def main() -> int:
+    """Compare as the flags state, and return the exit status; raises UserError."""
     args = option.parse(training=False)
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
     from data import make_benchmarks  # noqa: PLC0415
@@ -28,23 +32,24 @@ def main():
     nets = load(args)
     args.scale = next(iter(nets.values())).scale
     device = pick_device(args)
-    ways = {"bicubic": evaluation.by_bicubic(args.scale)}
-    ways |= {label: evaluation.by_network(net.to(device), device, args) for label, net in nets.items()}
+    methods = {"bicubic": evaluation.by_bicubic(args.scale)}
+    methods |= {label: evaluation.by_network(net.to(device), device, args, label) for label, net in nets.items()}
     folder = option.ROOT / "experiment" / args.ckp_dir
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     benchmarks = make_benchmarks(args)
     rows = []
     for images in benchmarks:
-        for label, upscale in ways.items():
-            upscale(images.lr(0))  # the first call of a network sets it up, which its time should not show
+        for label, upscale in methods.items():
+            # the first call of a network sets it up, which its time should not include
+            evaluation.upscale_image(upscale, images, 0, images.lr(0))
             score = evaluation.score(upscale, images)
             if score.psnr is None:
-                raise UserError(f"{images.name} has no HR images: nothing to compare with")
+                raise UserError(f"{images.name} has no HR images to compare with")
             parameters = sum(p.numel() for p in nets[label].parameters()) if label in nets else 0
             rows.append((label, f"{images.name} x{args.scale}", f"{score.psnr:.3f}", f"{score.ssim:.4f}", f"{parameters}",
                          f"{1000 * score.seconds:.1f}"))
-    longest = max(12, *map(len, ways))
+    longest = max(12, *map(len, methods))
     for row in (COLUMNS, *rows):
         log.info("".join(f"{cell:<{width}}" if k < 2 else f"{cell:>{width}}"
                          for k, (cell, width) in enumerate(zip(row, (longest + 2, 16, 9, 9, 13, 15)))))
@@ -52,21 +57,21 @@ def main():
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows((COLUMNS, *rows))
     atomic_write(folder / "compare.csv", text.getvalue().encode())
-    atomic_write(folder / "compare.png", picture(benchmarks[0], ways))
+    atomic_write(folder / "compare.png", picture(benchmarks[0], methods))
     log.info("table and picture: %s and compare.png", os.path.relpath(folder / "compare.csv"))
     return 0
 
 
-def load(args):
-    """{label: network} of --ckp_path LABEL=FILE+..., where FILE may also be the name of a teacher's network."""
+def load(args: SimpleNamespace) -> dict:
+    """Return {label: network} of --ckp_path LABEL=FILE+..., where FILE may be a teacher's name; raises UserError."""
     from model import load_as_told, load_model  # noqa: PLC0415
     from model.teachers import teacher_path  # noqa: PLC0415
 
-    named = option.parse_labelled(args.ckp_path)
+    named = parse_labelled(args.ckp_path)
     if not named:
-        raise UserError("--ckp_path LABEL=FILE+LABEL=FILE says which checkpoints to compare")
+        raise UserError("give the checkpoints to compare with --ckp_path LABEL=FILE+LABEL=FILE")
     if "bicubic" in named:
-        raise UserError(f"--ckp_path {args.ckp_path}: bicubic is what all are compared with; give another label")
+        raise UserError(f"--ckp_path {args.ckp_path}: the label bicubic is in use for bicubic upscaling; give another label")
     nets = {}
     for label, name in named.items():
         path = teacher_path(name, args.scale, "--ckp_path")
@@ -77,15 +82,15 @@ def load(args):
     return nets
 
 
-def picture(images, ways, most=4):
-    """PNG bytes: for each of the first images, the crop that bicubic gets most wrong, by every way, with its PSNR."""
+def picture(images, methods: dict, most: int = 4) -> bytes:
+    """Draw a PNG: a row for each of the first images, the crop with bicubic's largest error by every method, with PSNR."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     rows = []
     for index in range(min(most, len(images))):
         hr, lr = images.hr(index), images.lr(index)
-        results = {label: upscale(lr) for label, upscale in ways.items()}
+        results = {label: upscale(lr) for label, upscale in methods.items()}
         inner = hardest(hr, results["bicubic"])
         rows.append([(images.pairs[index].name, hr[inner])] + [
             (f"{label} {crop_psnr(sr[inner], hr[inner]):.2f} dB", sr[inner]) for label, sr in results.items()])
@@ -101,8 +106,8 @@ def picture(images, ways, most=4):
     return buffer.getvalue()
 
 
-def hardest(hr, sr):
-    """Slices of the CROP x CROP window, on a grid of half windows, with the largest squared error."""
+def hardest(hr: np.ndarray, sr: np.ndarray) -> tuple[slice, slice]:
+    """Return the slices of the CROP x CROP window, on a grid of half windows, with the largest squared error."""
     error = ((hr.astype(float) - sr) ** 2).mean(2)
     starts = [range(0, max(size - CROP, 0) + 1, CROP // 2) for size in error.shape]
     top, left = max(((y, x) for y in starts[0] for x in starts[1]),
@@ -110,7 +115,8 @@ def hardest(hr, sr):
     return np.s_[top:top + CROP, left:left + CROP]
 
 
-def crop_psnr(sr, hr):
+def crop_psnr(sr: np.ndarray, hr: np.ndarray) -> float:
+    """Return the PSNR in dB of a crop of H x W x 3 uint8 images."""
     from metric import psnr  # noqa: PLC0415 - brings scikit-image
     return psnr(np.ascontiguousarray(sr), np.ascontiguousarray(hr), 0)
 

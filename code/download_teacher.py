@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from option import ROOT, Parser, home_path
+from option import ROOT, Parser
+from option_types import home_path
 from released import LOSS_NETWORKS, RELEASED, Release
 from system import errors
 from system.errors import UserError, writing

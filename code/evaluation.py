@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryFile
 
-import inference
 import numpy as np
 import torch
+from tqdm import tqdm
+
+import inference
 from data import degrade
 from data.image import write_image
 from metric import psnr, ssim
 from system import distributed
 from system.device import autocast
 from system.errors import UserError, writing
-from tqdm import tqdm
 
 log = logging.getLogger("sr")
 
@@ -37,20 +38,35 @@ class Score:
     seconds: float  # per image, of the network alone
 
 
-def by_network(net, device, args):
-    """Function that upscales a uint8 H x W x 3 image with the network, as --precision, --chop and --self_ensemble say."""
+def by_network(net, device, args, label=None):
+    """Function that upscales a uint8 H x W x 3 image with the network, as --precision, --chop and --self_ensemble say.
+
+    It raises FloatingPointError, with the label of the network, where an output is NaN or infinite.
+    """
     def upscale(lr):
         # a tiled image stays in main memory: only its tiles are on the device
         x = torch.from_numpy(np.array(lr)).permute(2, 0, 1)[None].to("cpu" if args.chop else device).float()
         x = x * (net.rgb_range / 255) if net.rgb_range != 255 else x
         with autocast(device, args.precision):
             sr = inference.upscale(net, x, args.chop, args.self_ensemble, args.chop_mem and 1e9 * args.chop_mem)
+        if not torch.stack(sr.aminmax()).isfinite().all():  # one pass; any NaN becomes minimum and maximum
+            advice = "use --precision single or bf16" if args.precision == "half" else "its weights do not suit this image"
+            raise FloatingPointError(f"the output of {label or type(net).__name__} is NaN or infinite in --precision "
+                                     f"{args.precision}; {advice}")
         return inference.to_image(sr, net.rgb_range)
     return upscale
 
 
 def by_bicubic(scale):
     return partial(degrade.upscale, scale=scale)
+
+
+def upscale_image(upscale, images, index, lr):
+    """Apply `upscale` to the LR image of that index; raises UserError, with its name, where the output is not finite."""
+    try:
+        return upscale(lr)
+    except FloatingPointError as error:
+        raise UserError(f"{images.pairs[index].lr or images.pairs[index].hr}: {error}") from None
 
 
 def score(upscale, images, writer=None, stop=lambda: False):
@@ -70,7 +86,7 @@ def score(upscale, images, writer=None, stop=lambda: False):
         pair = images.pairs[index]
         lr, hr = images.lr(index), images.hr(index)
         start = time.perf_counter()
-        sr = upscale(lr)
+        sr = upscale_image(upscale, images, index, lr)
         seconds += time.perf_counter() - start
         if hr is not None:
             try:

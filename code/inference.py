@@ -7,9 +7,10 @@ from operator import itemgetter
 
 import numpy as np
 import torch
+from torch import nn
+
 from system import memory_budget
 from system.errors import UserError
-from torch import nn
 
 log = logging.getLogger("sr")
 # Tile overlap in LR pixels for networks with global operations; a larger one changes little (see the README).

@@ -1,24 +1,54 @@
 """Every flag of train.py and test.py. Imports no torch, so that --help is instant."""
 import argparse
 import difflib
-import math
 import os
 import re
 import sys
 from pathlib import Path, PurePath
 
 import config
-from system.errors import UserError
+
+from option_types import (
+    decay_factor,
+    expanded,
+    fraction,
+    kernel,
+    natural,
+    not_negative,
+    order,
+    parse_betas,
+    parse_decay,
+    parse_features,
+    parse_list,
+    parse_loss,
+    parse_names,
+    parse_numbers,
+    parse_once,
+    parse_rdn_config,
+    parse_scales,
+    parse_steps,
+    parse_views,
+    pixel_range,
+    positive,
+    positive_number,
+    probability,
+    processes,
+    processes_or_none,
+    ratio,
+    repeats,
+    repeats_or_none,
+    seed,
+    size,
+    window,
+)
+
 from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "SAN", "SwinIR"
-RDN_NAMES = {"20,6,32": "A", "16,8,64": "B"}
-VIEWS = "zoom_in", "zoom_out"
 PUBLISHED_LOSS_FLAGS = ("alpha", "feature_loss_used", "feature_distilation_type")
 SIZES = {flag for preset in TEMPLATES.values() if "model" in preset for flag in preset}
 PATHS = "dir_data", "dir_demo", "dir_cache", "vgg_path", "vqgan_path", "pre_train", "ckp_dir", "ckp_path", "teacher"
-LARGEST = 1e30  # float32 ends soon after, and PyTorch's optimisers end with a traceback
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,10 +77,10 @@ def make_parser():
     group = parser.add_argument_group("machine")
     group.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     group.add_argument("--gpu_id", type=natural, default=0, help="which GPU to use")
-    group.add_argument("--n_GPUs", type=positive, default=1,
+    group.add_argument("--n_GPUs", type=processes, default=1,
                        help="train in so many processes on this machine, one for each GPU (with --cpu, so many on the CPU), "
                             "that divide each batch among them; torchrun does the same on several machines")
-    group.add_argument("--n_threads", type=up_to_64, default=2,
+    group.add_argument("--n_threads", type=processes_or_none, default=2,
                        help="processes that load training data; 0 loads in the main one")
     group.add_argument("--precision", choices=("single", "half", "bf16"), default="single",
                        help="of the networks' arithmetic; weights and losses stay float32")
@@ -72,7 +102,7 @@ def make_parser():
     group.add_argument("--dir_cache", default="",
                        help="folder of that cache (default: beside the data, or experiment/cache where that is read-only)")
     group.add_argument("--scale", type=int, choices=(2, 3, 4, 8), default=4, help="upscaling factor")
-    group.add_argument("--patch_size", type=positive, default=192, help="side of the training crops, in HR pixels")
+    group.add_argument("--patch_size", type=size, default=192, help="side of the training crops, in HR pixels")
     group.add_argument("--no_augment", action="store_true", help="no flips and transposes of the crops")
     group.add_argument("--rgb_range", type=pixel_range, default=255,
                        help="images reach the losses in [0, this]; published weights of DUKD, DCKD and MCADKD are for 1")
@@ -83,24 +113,24 @@ def make_parser():
     group.add_argument("--teacher", type=parse_list, default=None,
                        help="[A,B]: names of networks found in teacher_checkpoint/, or checkpoint files; of several, one "
                             "drawn per batch (default: the student's network)")
-    group.add_argument("--n_resgroups", type=positive, help="residual groups of RCAN and SAN")
-    group.add_argument("--n_resblocks", type=positive, help="residual blocks of EDSR, and of each group of RCAN and SAN")
-    group.add_argument("--n_feats", type=positive, help="channels, of all but RDN (SwinIR's embed_dim)")
-    group.add_argument("--reduction", type=positive, help="channels per squeezed channel in attention of RCAN and SAN")
+    group.add_argument("--n_resgroups", type=size, help="residual groups of RCAN and SAN")
+    group.add_argument("--n_resblocks", type=size, help="residual blocks of EDSR, and of each group of RCAN and SAN")
+    group.add_argument("--n_feats", type=size, help="channels, of all but RDN (SwinIR's embed_dim)")
+    group.add_argument("--reduction", type=size, help="channels per squeezed channel in attention of RCAN and SAN")
     group.add_argument("--res_scale", type=not_negative, help="factor of EDSR's residual branches")
-    group.add_argument("--n_inner", type=positive, help="channels of SAN's non-local block")
-    group.add_argument("--n_modules", type=positive, help="distillation modules of IMDN")
-    group.add_argument("--G0", type=positive, help="channels of RDN")
-    group.add_argument("--RDNkSize", type=positive, help="kernel of RDN's convolutions outside of its blocks")
+    group.add_argument("--n_inner", type=size, help="channels of SAN's non-local block")
+    group.add_argument("--n_modules", type=size, help="distillation modules of IMDN")
+    group.add_argument("--G0", type=size, help="channels of RDN")
+    group.add_argument("--RDNkSize", type=kernel, help="kernel of RDN's convolutions outside of its blocks")
     group.add_argument("--RDNconfig", type=parse_rdn_config,
                        help="A or B of RDN's paper, or D,C,G: D blocks of C convolutions that add G channels each")
-    group.add_argument("--group", type=positive, help="groups of CARN's convolutions; CARN_M has 4")
-    group.add_argument("--multi_scale", type=parse_numbers,
+    group.add_argument("--group", type=size, help="groups of CARN's convolutions; CARN_M has 4")
+    group.add_argument("--multi_scale", type=parse_scales,
                        help="scales that CARN has a tail for, such as 2+3+4; --scale is the one in use")
     group.add_argument("--depths", type=parse_numbers, help="blocks of each of SwinIR's groups, such as [6,6,6,6]")
     group.add_argument("--num_heads", type=parse_numbers, help="attention heads in each of SwinIR's groups, as many")
-    group.add_argument("--window_size", type=positive, help="side of SwinIR's windows, in LR pixels")
-    group.add_argument("--mlp_ratio", type=positive_number, help="hidden channels per channel in SwinIR's MLPs")
+    group.add_argument("--window_size", type=window, help="side of SwinIR's windows, in LR pixels")
+    group.add_argument("--mlp_ratio", type=ratio, help="hidden channels per channel in SwinIR's MLPs")
     group.add_argument("--upsampler", choices=("pixelshuffle", "pixelshuffledirect", "nearest+conv"),
                        help="SwinIR's: classical, lightweight, real-world")
     group.add_argument("--resi_connection", choices=("1conv", "3conv"), help="convolutions that end SwinIR's groups")
@@ -121,9 +151,9 @@ def make_parser():
                        help="weighted feature terms: SA, CA, IA, FSP, AT, fitnet, PSA, MMD, RBF")
     group.add_argument("--features", type=parse_features, default="[1,2,3]",
                        help="maps that feature terms compare: 0 head, 1 and 2 in the body, 3 its end")
-    group.add_argument("--pool_size", type=positive, default=1, help="pooling of PSA, MMD and RBF")
+    group.add_argument("--pool_size", type=size, default=1, help="pooling of PSA, MMD and RBF")
     group.add_argument("--pool_type", choices=("max", "avg"), default="max", help="pooling of PSA, MMD and RBF")
-    group.add_argument("--P", type=up_to_100, default=2, help="order of RBF's Taylor series")
+    group.add_argument("--P", type=order, default=2, help="order of RBF's Taylor series")
     group.add_argument("--rbf_gamma", type=positive_number, default=5, help="gamma of RBF")
 
     group = parser.add_argument_group("views of a batch, what the student sees of it, and a teacher asked once")
@@ -131,7 +161,7 @@ def make_parser():
                        help="inputs made from the batch as further, weighted views of it, such as 1*zoom_in+1*zoom_out: "
                             "zoom_in, tiles of HR in LR's size, without a truth; zoom_out, LR downscaled by --scale, whose "
                             "truth is LR")
-    group.add_argument("--n_zoom_in", type=positive, default=1, help="tiles of zoom_in per image")
+    group.add_argument("--n_zoom_in", type=repeats, default=1, help="tiles of zoom_in per image")
     group.add_argument("--view_terms", type=parse_names, default="",
                        help="terms that look at these views too, A+B; left out: all that can, but those that compare maps")
     group.add_argument("--label_consistency", type=probability, default=0,
@@ -151,10 +181,11 @@ def make_parser():
     group.add_argument("--vqgan_path", default=str(ROOT / "teacher_checkpoint" / "vqgan_f16_1024.ckpt"),
                        help="VQGAN f16-1024 of DCR and DMM")
     group.add_argument("--d_func", choices=("L1", "cos"), default="L1", help="distance of CSD")
-    group.add_argument("--neg_num", type=positive, default=10, help="negatives of CSD, other images of the batch")
+    group.add_argument("--neg_num", type=size, default=10, help="negatives of CSD, other images of the batch")
     group.add_argument("--t_l_remove", type=natural, default=400, help="epoch after which T_DS ends")
     group.add_argument("--lc_p", type=probability, default=0.5, help="probability of each of LC's four operations")
-    group.add_argument("--dcr_negatives", type=natural, default=4, help="degraded inputs of DCR's history model, beside LR")
+    group.add_argument("--dcr_negatives", type=repeats_or_none, default=4,
+                       help="degraded inputs of DCR's history model, beside LR")
     group.add_argument("--dcr_noise", type=probability, default=1, help="probability of noise in them")
     group.add_argument("--dcr_blur", type=probability, default=0, help="probability of blur in them")
     group.add_argument("--dcr_resize", type=probability, default=0, help="probability of resizing and back in them")
@@ -166,17 +197,17 @@ def make_parser():
                        help="NCE's negatives: the more similar half, or all")
     group.add_argument("--nce_denominator", choices=("negatives", "standard"), default="negatives",
                        help="NCE's normalisation: over the negatives, as published, or over the positive as well")
-    group.add_argument("--nce_patches", type=positive, default=8, help="crops per image of NCE's patch embedding")
-    group.add_argument("--nce_patch_size", type=positive, default=48, help="their side in HR pixels")
+    group.add_argument("--nce_patches", type=repeats, default=8, help="crops per image of NCE's patch embedding")
+    group.add_argument("--nce_patch_size", type=size, default=48, help="their side in HR pixels")
     group.add_argument("--gan_type", choices=("GAN", "LSGAN", "RGAN", "WGAN", "WGAN_GP"), default="GAN", help="kind of GAN")
-    group.add_argument("--gan_k", type=positive, default=1, help="steps of GAN's discriminator per iteration")
+    group.add_argument("--gan_k", type=repeats, default=1, help="steps of GAN's discriminator per iteration")
     group.add_argument("--gan_lr", type=positive_number, default=1e-4, help="its learning rate")
 
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive, default=200, help="epochs to train")
     group.add_argument("--test_every", type=positive, default=1000, help="batches per epoch; an epoch ends with a test")
-    group.add_argument("--batch_size", type=batch, default=16, help="crops per batch")
-    group.add_argument("--split_batch", type=positive, default=1,
+    group.add_argument("--batch_size", type=size, default=16, help="crops per batch")
+    group.add_argument("--split_batch", type=size, default=1,
                        help="parts that a batch is divided into, whose gradients are added up: less memory; terms that "
                             "compare the images of a batch (IA, CSD, NCE) see those of a part")
     group.add_argument("--optimizer", choices=("ADAM", "SGD", "RMSprop"), default="ADAM", help="optimiser")
@@ -185,7 +216,7 @@ def make_parser():
                        help="epochs, or iterations such as 100000-200000it, after which the rate is multiplied by gamma; or "
                             "cosine: to 0 over all epochs")
     group.add_argument("--warmup", type=natural, default=0, help="first iterations, over which the rate rises to --lr")
-    group.add_argument("--gamma", type=positive_number, default=0.5, help="factor of step decay")
+    group.add_argument("--gamma", type=decay_factor, default=0.5, help="factor of step decay")
     group.add_argument("--momentum", type=fraction, default=0.9, help="of SGD and RMSprop")
     group.add_argument("--betas", type=parse_betas, default="0.9,0.999", help="of ADAM")
     group.add_argument("--epsilon", type=positive_number, default=1e-8, help="of ADAM and RMSprop")
@@ -282,24 +313,6 @@ def joined(names):
     return preset
 
 
-def home_path(string):
-    """A path with ~ as the home folder, as a type of an argparse flag."""
-    try:
-        return Path(expanded("", string))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
-
-
-def expanded(name, value):
-    """The path, or the paths, with ~ as the home folder; raises ValueError for that of a user who is not there."""
-    if isinstance(value, list):
-        return [expanded(name, path) for path in value]
-    path = os.path.expanduser(value or "")
-    if path.startswith("~"):
-        raise ValueError(f"--{name} {value}: there is no home folder {path.split(os.sep)[0]}")
-    return path if value else value
-
-
 def check_together(parser, args):
     """Ends with a line where flags contradict each other."""
     for name in ("n_zoom_in", "view_terms"):
@@ -339,197 +352,3 @@ def published_loss(args):
     if args.feature_loss_used:
         terms.append(args.feature_distilation_type)
     return "+".join(terms)
-
-
-def parse_loss(string, what="loss", item="TERM"):
-    """'0.5*DS+1e-3*GAN' -> [(0.5, 'DS'), (0.001, 'GAN')]; raises ValueError, which says `what` it is a string of."""
-    terms = []
-    for part in re.split(r"(?<![0-9.][eE])\+", string.replace(" ", "")):
-        match = re.fullmatch(r"(?:([0-9.]+(?:[eE][+-]?[0-9]+)?)\*)?([A-Za-z_]\w*)", part)
-        if not match:
-            raise ValueError(f"{what} {string!r}: {part!r} is not of the form WEIGHT*{item}")
-        try:
-            weight = float(match[1] or 1)
-        except ValueError:
-            weight = math.inf
-        if weight > LARGEST:
-            raise ValueError(f"{what} {string!r}: {match[1]!r} is not a number, or not a finite one")
-        if match[2] in [name for _, name in terms]:
-            raise ValueError(f"{what} {string!r}: {match[2]} stands there twice")
-        terms.append((weight, match[2]))
-    return terms
-
-
-def parse_list(string):
-    """'[A,B]', 'A,B' and 'A+B' -> ['A', 'B']; the path of an existing file stays whole, whatever is in its name."""
-    if os.path.exists(string):
-        return [string]
-    names = [name.strip() for name in re.split(r"[,+]", string.strip().removeprefix("[").removesuffix("]"))]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{string!r} is not a list such as [A,B] or A+B")
-    return names
-
-
-def parse_once(string):
-    """`parse_list` of what may stand there only once."""
-    names = parse_list(string)
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise argparse.ArgumentTypeError(f"{string!r}: {twice} stands there twice")
-    return names
-
-
-def parse_labelled(string):
-    """--ckp_path of several, 'LABEL=A+B' -> {label: path}; raises UserError.
-
-    Without a label a file is called by as much of the end of its path as no other one has.
-    """
-    if not string:
-        return {}
-    try:
-        entries = parse_list(string)
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"--ckp_path {error}") from None
-    entries = [("", "", entry) if os.path.exists(entry) else entry.rpartition("=") for entry in entries]
-    entries = [(label, os.path.expanduser(path)) for label, _, path in entries]
-    paths = [Path(path).parts for label, path in entries if not label]
-    nets = {}
-    for label, path in entries:
-        parts = Path(path).parts
-        tails = (n for n in range(1, len(parts)) if [other[-n:] for other in paths].count(parts[-n:]) == 1)
-        label = label or os.path.join(*parts[-next(tails, len(parts)):]) if parts else label
-        if label in nets or not parts:
-            raise UserError(f"--ckp_path {string}: " + (f"two are called {label}; give each a label of its own, LABEL=FILE"
-                                                        if label in nets else f"{label}= has no file"))
-        nets[label] = path
-    return nets
-
-
-def parse_numbers(string):
-    """'[6,6,6]', '6,6,6' and '6+6+6' -> [6, 6, 6]."""
-    return [positive(word) for word in parse_list(string)]
-
-
-def parse_rdn_config(string):
-    """'B' or 'D,C,G', which becomes the name where it has one: files say it so."""
-    config = string.strip("[()] ").replace(" ", "")
-    if config not in RDN_NAMES.values() and not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*){2}", config):
-        raise argparse.ArgumentTypeError(f"{string!r} is neither A, B nor three numbers D,C,G such as 16,8,64")
-    return RDN_NAMES.get(config, config)
-
-
-def parse_features(string):
-    try:
-        features = [int(word) for word in string.strip().removeprefix("[").removesuffix("]").split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{string!r} is not a list such as [1,2,3]") from None
-    if not set(features) <= {0, 1, 2, 3} or len(set(features)) < len(features):
-        raise argparse.ArgumentTypeError(f"{string!r}: there are four maps, 0 to 3, each at most once")
-    return features
-
-
-class Iterations(list):
-    """Steps of --decay that are counted in iterations, not in epochs."""
-
-    def __repr__(self):
-        return "-".join(map(str, self)) + "it"
-
-
-def parse_decay(string):
-    """'150-300' -> [150, 300]; '100000-200000it' -> the same as Iterations; 'cosine'."""
-    if string == "cosine":
-        return string
-    try:
-        steps = [int(word) for word in string.removesuffix("it").split("-")]
-    except ValueError:
-        steps = [0]
-    if min(steps) < 1 or steps != sorted(set(steps)):
-        raise argparse.ArgumentTypeError(f"{string!r} is neither cosine nor rising epochs such as 150-300, or iterations "
-                                         "such as 100000-200000it")
-    return Iterations(steps) if string.endswith("it") else steps
-
-
-def parse_views(string):
-    """'zoom_in+0.5*zoom_out' -> [(1, 'zoom_in'), (0.5, 'zoom_out')], without those of weight 0."""
-    try:
-        views = parse_loss(string, "views", "VIEW") if string else []
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(error) from None
-    unknown = next((name for _, name in views if name not in VIEWS), None)
-    if unknown:
-        raise argparse.ArgumentTypeError(f"there is no view {unknown}; there are {', '.join(VIEWS)}")
-    return [(weight, name) for weight, name in views if weight]
-
-
-def parse_names(string):
-    """'DS+TS' -> ['DS', 'TS']."""
-    return parse_list(string) if string else []
-
-
-def parse_steps(string):
-    """'1000-2000' -> [1000, 2000]."""
-    return [positive(word) for word in string.split("-")]
-
-
-def parse_betas(string):
-    try:
-        first, second = (float(word) for word in string.strip("() ").split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{string!r} is not a pair such as 0.9,0.999") from None
-    if not (0 <= first < 1 and 0 <= second < 1):
-        raise argparse.ArgumentTypeError(f"{string!r}: both must be in 0..1")
-    return first, second
-
-
-def natural(string):
-    return _number(string, int, lambda value: value >= 0, "a whole number, 0 or more")
-
-
-def positive(string):
-    return _number(string, int, lambda value: value > 0, "a whole number, 1 or more")
-
-
-def fraction(string):
-    return _number(string, float, lambda value: 0 <= value < 1, "in 0..1, 1 excluded")
-
-
-def probability(string):
-    return _number(string, float, lambda value: 0 <= value <= 1, "in 0..1")
-
-
-def positive_number(string):
-    return _number(string, float, lambda value: 0 < value <= LARGEST, "a finite number above 0")
-
-
-def not_negative(string):
-    return _number(string, float, lambda value: 0 <= value <= LARGEST, "a finite number, 0 or more")
-
-
-def pixel_range(string):
-    return _number(string, float, lambda value: 1e-3 <= value <= 65535, "a number in 0.001..65535")
-
-
-def seed(string):
-    return _number(string, int, lambda value: 0 <= value < 2**63, "a whole number in 0..2^63-1")
-
-
-def up_to_64(string):
-    return _number(string, int, lambda value: 0 <= value <= 64, "a whole number in 0..64")
-
-
-def up_to_100(string):
-    return _number(string, int, lambda value: 0 <= value <= 100, "a whole number in 0..100")
-
-
-def batch(string):
-    return _number(string, int, lambda value: 0 < value <= 65536, "a whole number in 1..65536")
-
-
-def _number(string, kind, valid, description):
-    try:
-        value = kind(string)
-    except ValueError:
-        value = None
-    if value is None or not valid(value):
-        raise argparse.ArgumentTypeError(f"{string!r} is not {description}")
-    return value

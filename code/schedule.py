@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from option import Iterations
+from option_types import Iterations
 
 
 def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,10 +1,12 @@
-"""What networks cost: parameters, FLOPs, receptive field, memory, as a table. Nothing is run. Run from this folder.
+"""Tabulate the parameters, FLOPs, receptive field and memory of networks, without running them. Run from this folder.
 
 python summary.py --ckp_path student=A.pt+teacher=B.pt     python summary.py --template RCAN_student --scale 4
 """
 import logging
+from types import SimpleNamespace
 
 import option
+from option_types import parse_labelled
 from system.errors import run
 
 log = logging.getLogger("sr")
@@ -13,11 +15,12 @@ COLUMNS = "network", "", "scale", "parameters", "GFLOPs", "receptive field", "we
 NOTES = f"""\
 For an output of {WIDTH} x {HEIGHT}: LR images of {WIDTH} / scale x {HEIGHT} / scale pixels, rounded up.
 parameters: the trained ones. GFLOPs: of convolutions, matrix products and attention, two per multiply-add (papers mostly
-count one). receptive field: LR pixels to each side. MB (10^6 bytes): of weights and, at most at once, of the maps of a
-forward without --chop or gradients in float32; counted, not measured: what kernels need inside comes on top."""
+count one). receptive field: LR pixels to each side. MB (10^6 bytes): of the weights, and the peak of the feature maps in a
+forward pass in float32 without --chop or gradients; counted, not measured: workspaces of the kernels are not included."""
 
 
-def main():
+def main() -> int:
+    """Print the table, and return the exit status; raises UserError."""
     args = option.parse(training=False)
     from system.logger import start_logging  # noqa: PLC0415 - after the flags: --help should not wait for torch
 
@@ -31,38 +34,41 @@ def main():
     return 0
 
 
-def load(args):
-    """[(label, network)] of --ckp_path LABEL=FILE+..., or else of the one that the flags describe."""
+def load(args: SimpleNamespace) -> list[tuple]:
+    """Return [(label, network)] of --ckp_path LABEL=FILE+..., or of the network that the flags describe."""
     from model import load_as_told, make_model  # noqa: PLC0415
     from model.slicing import narrow_network  # noqa: PLC0415
 
-    nets = [(label, load_as_told(path, args)) for label, path in option.parse_labelled(args.ckp_path).items()]
+    nets = [(label, load_as_told(path, args)) for label, path in parse_labelled(args.ckp_path).items()]
     if not nets:
         net = make_model(args.model, args)
         nets = [(args.template or args.model, narrow_network(net, args.width_mult) if args.width_mult else net)]
     return nets
 
 
-def describe(label, net):
+def describe(label: str, net) -> tuple[str, ...]:
+    """Return the row of the table for a network."""
     flops, maps = count(net)
     weights = sum(p.nbytes for p in net.parameters())
     return (label, type(net).__name__, f"x{net.scale}", f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,}",
             f"{flops / 1e9:,.1f}", field(net), f"{weights / 1e6:.1f}", f"{maps / 1e6:,.0f}")
 
 
-def field(net):
+def field(net) -> str:
+    """Return the receptive field in words."""
     if net.receptive_field is not None:
         return str(net.receptive_field)
     return "the image" if net.window == 1 else f"windows of {net.window}"
 
 
-def count(net):
-    """(FLOPs, peak bytes of the tensors it makes) of one forward, worked out from shapes alone."""
+def count(net) -> tuple[int, int]:
+    """Return (FLOPs, peak bytes of the tensors) of one forward pass, computed from shapes alone."""
     import torch  # noqa: PLC0415
-    from model.swinir import shift_mask  # noqa: PLC0415
-    from system.memory import LiveMemory  # noqa: PLC0415
     from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415 - not "meta": that has no autocast
     from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
+
+    from model.swinir import shift_mask  # noqa: PLC0415
+    from system.memory import LiveMemory  # noqa: PLC0415
 
     convolutions, attention, memory = FlopCounterMode(display=False), fused_attention(), LiveMemory()
     shift_mask.cache_clear()
@@ -70,12 +76,12 @@ def count(net):
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), memory, convolutions, attention:
             net.eval()(torch.empty(1, net.config.get("in_chans", 3), -(-HEIGHT // net.scale), -(-WIDTH // net.scale)))
     finally:
-        shift_mask.cache_clear()  # masks of no numbers
+        shift_mask.cache_clear()  # its masks have shapes and no numbers
     return convolutions.get_total_flops() + attention.flops, memory.peak
 
 
 def fused_attention():
-    """Mode that counts attention as its fused kernels compute it, without the matrix of all pairs; `flops`."""
+    """Return a mode that counts attention in `flops` as the fused kernels compute it, without the N x N matrix."""
     from torch.nn import functional as F  # noqa: PLC0415
     from torch.overrides import TorchFunctionMode  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Scores checkpoints on test sets, or upscales your own images (--data_test Demo). Run from this folder."""
+"""Score a checkpoint on test sets, or upscale your own images (--data_test Demo). Run from this folder."""
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,7 +9,8 @@ from system.errors import UserError, run
 log = logging.getLogger("sr")
 
 
-def main():
+def main() -> int:
+    """Score or upscale as the flags state, and return the exit status; raises UserError."""
     args = option.parse(training=False)
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
     from data import make_benchmarks  # noqa: PLC0415
@@ -20,9 +21,9 @@ def main():
 
     start_logging()
     if not args.ckp_path and args.TS == "S":
-        raise UserError("--ckp_path FILE says which checkpoint to score; --TS T scores the teacher found for --teacher")
+        raise UserError("give the checkpoint to score with --ckp_path FILE, or --TS T for the teacher found for --teacher")
     if not args.ckp_path and len(args.teacher) > 1:
-        raise UserError(f"--teacher [{','.join(args.teacher)}]: one at a time is scored; compare.py scores several")
+        raise UserError(f"--teacher [{','.join(args.teacher)}]: give one teacher; compare.py scores several")
     path = Path(args.ckp_path or teacher_path(args.teacher[0], args.scale))
     net = load_as_told(path, args)
     args.scale = net.scale
@@ -43,8 +44,8 @@ def main():
     return 0
 
 
-def folder_beside(path):
-    """Where the images of a checkpoint go unless --ckp_dir says: to its run, or where it is of none, to one of its name."""
+def folder_beside(path: Path) -> Path:
+    """Return the folder for the images of a checkpoint: that of its run if it has one, else experiment/<its name>."""
     run_of = path.resolve().parent.parent
     is_of_a_run = path.match("model_*.pt") and path.resolve().parent.name == "model" and (run_of / "config.txt").is_file()
     return run_of if is_of_a_run else option.ROOT / "experiment" / path.stem

@@ -17,8 +17,9 @@ def main():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come once from each process
     if not is_rank_zero():
         os.environ["TQDM_DISABLE"] = "1"  # the main process alone shows bars
-    import loss  # noqa: PLC0415
     import torch  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for it
+
+    import loss  # noqa: PLC0415
     from checkpoint import Experiment  # noqa: PLC0415
     from data import Crops, make_benchmarks, teacher_cache, views  # noqa: PLC0415
     from distiller import build_distiller  # noqa: PLC0415

@@ -148,7 +148,8 @@ class Trainer:
             if distributed.rank():
                 sys.exit(2)  # as all ranks do; rank 0 reports it
             raise UserError(f"the loss is not finite at iteration {self.iteration}: {self.format_terms(self.sums)}; what "
-                            f"was saved before is in {self.experiment.folder}; try a lower --lr, --gclip, or --precision single")
+                            f"was saved before is in {self.experiment.folder}; try a lower --lr, --gclip, or --precision "
+                            "single")
 
     @torch.no_grad()
     def check_weights(self) -> None:

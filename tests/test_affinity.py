@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from loss import affinity
 from loss.affinity import affinity_l1, sum_in_blocks
+from system.errors import UserError
 from system.memory import memory_from_shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -332,3 +333,13 @@ def test_maps_of_256_x_256_fit_in_1_GB_of_a_GPU():
     before = torch.cuda.memory_allocated()
     affinity_l1(maps[0], maps[1].detach()).backward()
     assert torch.cuda.max_memory_allocated() - before < 1e9
+
+
+@pytest.mark.parametrize("gamma, order, is_zero", [(5, 2, False), (47, 2, False), (60, 2, True), (60, 100, False),
+                                                   (1e4, 100, True), (1e30, 0, True), (1e30, 100, True)])
+def test_an_RBF_kernel_that_is_zero_in_single_precision_is_refused(gamma, order, is_zero):
+    if is_zero:
+        with pytest.raises(UserError, match=r"--rbf_gamma .* single precision"):
+            affinity.RadialBasisFunction(gamma=gamma, order=order)
+    else:
+        assert torch.tensor(affinity.RadialBasisFunction(gamma=gamma, order=order).polynomial).max() > 0

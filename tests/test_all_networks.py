@@ -111,7 +111,7 @@ def test_a_checkpoint_of_several_scales_is_tested_and_is_a_teacher_at_the_given_
     torch.save(small(name, multi_scale=(2, 3, 4)).state_dict(), tmp_path / "multi.pth")
     flags = f"--dir_data {tiny_data} --data_test tiny --cpu"
     status, _, err = run_main("test", f"--ckp_path {tmp_path / 'multi.pth'} {flags}")
-    assert status == 2 and "x2, x3, x4: say which with --scale" in err[0]
+    assert status == 2 and "x2, x3, x4: choose one with --scale" in err[0]
     assert run_main("test", f"--ckp_path {tmp_path / 'multi.pth'} {flags} --scale 3 --multi_scale 2+3+4")[0] == 0
     status, _, err = run_main("test", f"--ckp_path {tmp_path / 'multi.pth'} {flags} --scale 3 --multi_scale 2+3")
     assert status == 2 and "multi_scale" in err[0]

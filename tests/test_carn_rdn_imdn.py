@@ -108,7 +108,7 @@ def test_error_for_an_incomplete_file_names_file_and_parameter(golden, tmp_path)
 
 def test_file_of_several_scales_needs_one(golden):
     path, *_ = golden("carn_m_multi_x2")
-    with pytest.raises(CheckpointError, match=r"x2, x3, x4: say which with --scale"):
+    with pytest.raises(CheckpointError, match=r"x2, x3, x4: choose one with --scale"):
         load_model(path)
     with pytest.raises(CheckpointError, match=r"x2, x3, x4: not for x8"):
         load_model(path, scale=8)

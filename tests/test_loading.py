@@ -1,17 +1,28 @@
 """Checkpoint files: what loads, what is refused and with which words, and finding teachers."""
+import io
+import os
 import pickle
+import random
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
 
 import model
 import option
-import pytest
-import torch
 from checkpoint import save_model
+from conftest import ROOT
+from loss import vgg, vqgan
 from model import CheckpointError, load_as_told, load_model, make_model, roles, teachers
 from model.edsr import EDSR
 from model.loading import read_checkpoint
 from model.rcan import RCAN
+from model.swinir import SwinIR
 from released import files_of
 from system.errors import UserError
 
@@ -124,8 +135,8 @@ def test_override_that_agrees_or_says_nothing_is_fine(own_file):
 # ---- what does not
 
 def test_missing_file_is_named(tmp_path):
-    assert "no such checkpoint file" in message(tmp_path / "none.pt")
-    assert "it is a folder" in message(tmp_path)
+    assert "no such file" in message(tmp_path / "none.pt")
+    assert "it is a folder, not a file; name the file, model/model_best.pt" in message(tmp_path)
 
 
 def test_the_state_of_a_run_is_no_checkpoint(save):
@@ -138,7 +149,7 @@ def test_a_name_of_two_lines_makes_one(save):
 
 def test_a_raw_pickle_gets_its_one_line_and_no_warning(tmp_path, recwarn):
     (tmp_path / "raw.pt").write_bytes(pickle.dumps({"a": Touch(tmp_path / "made")}))
-    assert "safe" in message(tmp_path / "raw.pt")
+    assert "holds code" in message(tmp_path / "raw.pt")
     assert not recwarn
 
 
@@ -173,7 +184,7 @@ class Touch:
 def test_code_in_a_file_is_not_run(tmp_path, net, write):
     made = tmp_path / "made"
     write({**net.state_dict(), "extra": Touch(made)}, tmp_path / "file.pt")
-    assert "safe" in message(tmp_path / "file.pt")
+    assert "holds code" in message(tmp_path / "file.pt")
     assert not made.exists()
 
 
@@ -335,3 +346,282 @@ def test_teacher_of_another_scale_is_refused(own_file):
 def test_unknown_network_is_refused():
     with pytest.raises(UserError, match="no network is called Oracle: there are EDSR, RCAN"):
         make_model("Oracle", option.parse([]))
+
+
+# ---- damaged files
+
+@pytest.fixture
+def small_file(tmp_path):
+    save_model(EDSR(2, n_resblocks=1, n_feats=2), tmp_path / "small.pt")
+    return tmp_path / "small.pt"
+
+
+def test_a_flipped_bit_is_found_or_changes_no_weight(small_file):
+    net, content = load_model(small_file), small_file.read_bytes()
+    draw, refused = random.Random(0), 0
+    for place in draw.sample(range(len(content)), 300):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << draw.randrange(8)
+        small_file.write_bytes(damaged)
+        try:
+            assert same_weights(load_model(small_file), net), place
+        except CheckpointError as error:
+            assert str(small_file) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 100  # alignment, dates and other unused bytes are the rest
+
+
+def test_a_flipped_bit_in_every_weight_is_found(small_file):
+    content = small_file.read_bytes()
+    weight = load_model(small_file).head[0].weight.detach().numpy().tobytes()
+    start = content.index(weight)
+    for place in range(start, start + len(weight), 7):
+        small_file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        assert "checksum" in message(small_file)
+
+
+def test_files_from_before_checksums_load(net, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert same_weights(load_model(tmp_path / "old.pth"), net)
+
+
+def test_a_released_file_from_before_checksums_loads(shared):
+    assert load_model(shared / "weights" / "IMDN_x2.pth").scale == 2
+
+
+def test_a_compressed_file_is_not_inflated(small_file):
+    with zipfile.ZipFile(small_file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(small_file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data + bytes(10**6))
+    assert "compressed" in message(small_file)
+
+
+def bad_files(net):
+    """{name: what the bytes of a file may be} of files that PyTorch fails on in ways of its own."""
+    buffer = io.BytesIO()
+    torch.save({"params": net.state_dict()}, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    files = {"legacy, cut": legacy_bytes(net)[:700], "zip without an end": buffer.getvalue()[:-30],
+             "pickle of nothing": b"\x80\x02}.", "zip of nothing": zip_bytes({})}
+    pickled = next(name for name in members if name.endswith("data.pkl"))
+    for length in (0, 1, 10, 200, len(members[pickled]) - 1):
+        files[f"pickle cut at {length}"] = zip_bytes({**members, pickled: members[pickled][:length]})
+    files["no storages"] = zip_bytes({pickled: members[pickled]})
+    files["storages cut"] = zip_bytes({name: data if len(data) < 9 or name == pickled else data[:8]
+                                       for name, data in members.items()})
+    return files
+
+
+def zip_bytes(members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def legacy_bytes(net):
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+BAD = bad_files(EDSR(2, n_resblocks=1, n_feats=2))
+
+
+@pytest.mark.parametrize("flag, make", [("", None), ("--vgg_path", vgg.make_vgg), ("--vqgan_path", vqgan.make_vqgan)])
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_gets_one_line_without_advice_to_run_code(tmp_path, recwarn, kind, flag, make):
+    path = tmp_path / "file.pt"
+    path.write_bytes(BAD[kind])
+    with pytest.raises(CheckpointError) as caught:
+        make(option.parse([flag, str(path)])) if make else load_model(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ") and "\n" not in text and "weights_only" not in text and not recwarn
+
+
+@pytest.fixture
+def unprivileged():
+    """Without root's right to read everything."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        yield
+        os.seteuid(0)
+    else:
+        yield
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_a_file_that_may_not_be_read_names_the_reason(unprivileged, place):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "inner" / "file.pt"
+        path.parent.mkdir()
+        torch.save({}, path)
+        closed = path if place == "file" else path.parent
+        closed.chmod(0)
+        try:
+            assert "Permission denied" in message(path)
+            with pytest.raises(CheckpointError, match="Permission denied"):
+                vgg.make_vgg(option.parse(["--vgg_path", str(path)]))
+        finally:
+            closed.chmod(0o700)
+
+
+def test_a_pipe_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    assert "pipe" in message(tmp_path / "pipe.pt")
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".pt", "file.pt/more"])
+def test_a_path_that_cannot_be_names_the_reason(tmp_path, name):
+    (tmp_path / "file.pt").touch()
+    assert "cannot read" in message(tmp_path / name)
+
+
+def test_safetensors_are_read_or_refused_in_one_line(net, tmp_path, monkeypatch):
+    """With a stand-in for the optional package."""
+    path, package = tmp_path / "file.safetensors", ModuleType("safetensors.torch")
+    path.write_bytes(bytes(10**5))
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert "pip install safetensors" in message(path)
+    monkeypatch.setitem(sys.modules, "safetensors", ModuleType("safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", package)
+    package.load_file = lambda _: net.state_dict()
+    assert same_weights(load_model(path), net)
+    package.load_file = lambda _: 1 / 0
+    assert "damaged" in message(path)
+    package.load_file = lambda _: {**net.state_dict(), "tail.1.bias": torch.ones(3).to(torch.float8_e4m3fn)}
+    assert "float8_e4m3fn" in message(path)
+
+
+# ---- tensors that are no weights, sizes that are none
+
+@pytest.mark.parametrize("convert, words", [
+    (lambda x: x.to(torch.int8), "int8"), (lambda x: x > 0, "bool"), (lambda x: x.to(torch.complex64), "complex64"),
+    (lambda x: x.long(), "int64"), (lambda x: x.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    (lambda x: x.to(torch.float8_e5m2), "float8_e5m2"), (lambda x: x.to_sparse(), "sparse"),
+    (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantised"), (lambda x: x.to("meta"), "meta"),
+    (lambda x: torch.nested.nested_tensor([x, x]), "tail.1.bias"), (lambda x: torch.zeros(1).expand(3), "stride of 0"),
+    (lambda x: torch.zeros(1).expand(10**9), "stride of 0"),
+    (lambda x: torch.zeros(10).as_strided((6, 5), (1, 1)), "stride of 0"), (lambda x: torch.zeros(0), "[0], not [3]"),
+    (lambda x: torch.tensor(1.0), "[], not [3]")])
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_that_cannot_be_a_weight_is_named(net, save, convert, words):
+    text = message(save({**net.state_dict(), "tail.1.bias": convert(net.tail[1].bias.detach())}))
+    assert words in text and ("tail.1.bias" in text or "holds code" in text or "damaged" in text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_point_weights_become_float32(net, save, dtype):
+    loaded = load_model(save({name: value.to(dtype) for name, value in net.state_dict().items()}))
+    assert loaded.head[0].weight.dtype == torch.float32
+    assert torch.equal(loaded.head[0].weight, net.head[0].weight.to(dtype).float())
+
+
+def test_names_for_one_storage_do_not_make_a_file_large(save):
+    tensor = torch.zeros(1000)
+    assert "larger than the file" in message(save({f"body.{n}.weight": tensor for n in range(100)}))
+
+
+SWINIR = dict(scale=2, depths=[1], n_feats=4, num_heads=[1], window_size=2, mlp_ratio=2, upsampler="pixelshuffledirect",
+              resi_connection="1conv", in_chans=3, img_range=1)
+
+
+@pytest.mark.parametrize("name, key, value", [
+    *[("EDSR", key, value) for key in ("scale", "n_resblocks", "n_feats")
+      for value in (0, -1, 2.0, "2", None, True, [2], 10**9, 2**63, 10**30)],
+    ("EDSR", "scale", 3), ("EDSR", "scale", 5), ("EDSR", "res_scale", "1"), ("EDSR", "res_scale", float("nan")),
+    ("EDSR", "res_scale", -1), ("EDSR", 7, 7), ("EDSR", "colour", 7), ("EDSR", "n_feats", torch.ones(1)),
+    *[("SwinIR", key, value) for key in ("img_range", "mlp_ratio", "window_size") for value in (0, -1, "1", None, 1e400)],
+    ("SwinIR", "window_size", 10**5), ("SwinIR", "depths", [10**9]), ("SwinIR", "depths", [1] * 1000),
+    ("SwinIR", "depths", "11"), ("SwinIR", "depths", 1), ("SwinIR", "num_heads", [0]), ("SwinIR", "num_heads", [10**9]),
+    ("SwinIR", "upsampler", 3), ("SwinIR", "upsampler", "none"), ("SwinIR", "in_chans", 10**9),
+    ("SwinIR", "mlp_ratio", 10**9)])
+def test_a_header_with_an_impossible_size_is_refused(save, name, key, value):
+    made = EDSR(2, n_resblocks=1, n_feats=4) if name == "EDSR" else SwinIR(**SWINIR)
+    message(save({"network": name, "config": {**made.config, key: value}, "params": made.state_dict()}))
+
+
+def test_a_network_of_another_name_in_the_header_is_refused(net, save):
+    message(save({"network": "RCAN", "config": net.config, "params": net.state_dict()}))
+    message(save({"network": torch.ones(2), "config": net.config, "params": {"x": torch.ones(1)}}))
+
+
+ABSURD = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from model import CheckpointError, load_model
+from model.edsr import EDSR
+from model.rcan import RCAN
+from model.swinir import SwinIR
+from model.rdn import RDN
+from loss.vqgan import load_vqgan
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 10**6,) * 2)
+
+def own(net, **sizes):
+    name = type(net).__name__
+    return {"network": name, "config": {**net.config, **sizes}, "params": net.state_dict()}
+
+rcan = RCAN(2, n_resgroups=1, n_resblocks=1, n_feats=4, reduction=2)
+swin = SwinIR(2, depths=(1,), n_feats=4, num_heads=(1,), window_size=2)
+edsr = EDSR(2, n_resblocks=1, n_feats=4)
+state = edsr.state_dict()
+basicsr = {"body.0.residual_group.0.rcab.0.weight": torch.ones(1), "body.999999999.conv.weight": torch.ones(1)}
+vq = {"encoder.conv_in.weight": torch.ones(32, 3, 3, 3), "encoder.conv_out.weight": torch.ones(4, 4, 3, 3),
+      "quant_conv.weight": torch.ones(4, 4, 1, 1), "quantize.embedding.weight": torch.ones(4, 4),
+      **{f"encoder.down.{n}.block.0.conv1.weight": torch.ones(32, 32, 3, 3) for n in range(5)}}
+files = [own(rcan, n_resgroups=10**9), own(rcan, n_resblocks=10**9), own(rcan, n_feats=10**9), own(edsr, n_feats=2**30),
+         own(swin, window_size=10**5), own(swin, window_size=300), own(swin, depths=[10**9]), own(swin, n_feats=10**9),
+         own(RDN(2, G0=4, RDNconfig="1,1,4"), RDNconfig="999999999,999999999,999999999"),
+         {**state, "body.999999999.body.0.weight": torch.ones(1)},
+         {**state, f"body.{'9' * 5000}.body.0.weight": torch.ones(1)},
+         {**state, "body.\\u00b2.body.0.weight": torch.ones(1)},
+         {"body1.0.body.0.weight": torch.ones(1), "body1.999999999.body.0.weight": torch.ones(1)},
+         {**basicsr, "body.0.residual_group.999999999.rcab.0.weight": torch.ones(1)},
+         {**basicsr, **{f"body.{n}.conv.weight": torch.ones(1) for n in range(1000)},
+          **{f"body.0.residual_group.{n}.rcab.0.weight": torch.ones(1) for n in range(1000)}},
+         {**swin.state_dict(), "layers.999999.residual_group.blocks.0.norm1.weight": torch.ones(1)},
+         {**state, "tail.1.bias": torch.zeros(1).expand(14 * 10**9 // 4)}]
+lightning = [{**vq, "encoder.down.0.block.999999999.x": torch.ones(1)}, {**vq, "encoder.down.999999999.x": torch.ones(1)}]
+for load, content in [(load_model, one) for one in files] + [(load_vqgan, one) for one in lightning]:
+    torch.save(content, sys.argv[2])
+    start = time.monotonic()
+    try:
+        load(sys.argv[2])
+        print("loaded", list(content)[-1])
+    except CheckpointError as error:
+        print(f"{time.monotonic() - start:.2f} s", str(error)[len(sys.argv[2]):200])
+"""
+
+
+def test_absurd_sizes_take_neither_time_nor_memory(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", ABSURD, str(ROOT / "code"), str(tmp_path / "file.pt")], timeout=60,
+                           capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 19 and not [line for line in lines if line.startswith("loaded")]
+    assert max(float(line.split()[0]) for line in lines) < 10, lines  # 0.1 s on an idle machine
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--n_resgroups 65536 --n_resblocks 65536", "more than 10,000 parameter tensors"),
+    ("--n_feats 65536", "GB of free memory"),
+    ("--model RDN --RDNconfig 99999,99999,99999", "RDN"),
+    ("--model SwinIR --depths 65536 --num_heads 6", "parameter tensors"),
+    ("--model SwinIR --window_size 64 --depths 99 --num_heads 1 --n_feats 65536", "free memory")])
+def test_a_network_too_large_to_build_is_refused_at_once(line, words):
+    args = option.parse(line.split())
+    with pytest.raises(UserError, match=words):
+        make_model(args.model, args)
+
+
+def test_lack_of_memory_for_a_file_is_not_called_damage_alone(own_file, monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(torch, "load", load)
+    assert "not enough memory" in message(own_file)

@@ -237,7 +237,7 @@ def test_loss_that_cannot_be_is_explained(string, words):
         make_loss(string)
 
 
-@pytest.mark.parametrize("string, words", [("DS+2*DS", "DS stands there twice"), ("", "WEIGHT"), ("DS+", "WEIGHT"),
+@pytest.mark.parametrize("string, words", [("DS+2*DS", "duplicate term DS"), ("", "WEIGHT"), ("DS+", "WEIGHT"),
                                            ("-1*DS", "WEIGHT"), ("1.2.3*DS", "not a number"), ("2*3*DS", "WEIGHT")])
 def test_loss_string_that_cannot_be_read_is_explained(string, words):
     with pytest.raises(ValueError, match=words):

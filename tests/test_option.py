@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import option
+import option_types
 import pytest
 from conftest import ROOT
 from system.errors import UserError
@@ -40,7 +41,7 @@ def test_published_flags_become_the_loss_string(line, loss):
 
 
 def test_a_loss_string_is_read_term_by_term():
-    assert option.parse_loss("0.5*DS+1*NCE+1e-3*GAN+1.e+2*SA+TS") == [
+    assert option_types.parse_loss("0.5*DS+1*NCE+1e-3*GAN+1.e+2*SA+TS") == [
         (0.5, "DS"), (1, "NCE"), (1e-3, "GAN"), (100, "SA"), (1, "TS")]
 
 
@@ -86,13 +87,13 @@ def test_home_folders_are_expanded(monkeypatch):
     ("/r/A/model/m.pt+/r/B/model/m.pt+RCAN", {"A/model/m.pt": "/r/A/model/m.pt", "B/model/m.pt": "/r/B/model/m.pt",
                                               "RCAN": "RCAN"})])
 def test_checkpoints_are_called_by_their_label_or_what_tells_them_apart(string, nets):
-    assert option.parse_labelled(string) == nets
+    assert option_types.parse_labelled(string) == nets
 
 
 @pytest.mark.parametrize("string", ["a++b", "x=a+x=b", "a.pt+a.pt", "x=", "x=+b"])
 def test_a_wrong_list_of_checkpoints_gets_one_line(string):
     with pytest.raises(UserError, match="--ckp_path"):
-        option.parse_labelled(string)
+        option_types.parse_labelled(string)
 
 
 def test_help_says_no_empty_defaults():
@@ -117,7 +118,7 @@ def test_a_plus_in_the_name_of_an_existing_file_separates_nothing(tmp_path):
     ("--features __import__('os')", "list such as"),
     ("--features [1,1]", "at most once"),
     ("--loss 0.5*DS+", "WEIGHT*TERM"),
-    ("--loss 1*DS+2*DS", "twice"),
+    ("--loss 1*DS+2*DS", "duplicate term DS"),
     ("--loss 1*DS --alpha 0.3", "--alpha"),
     ("--alpha 1.5", "0..1"),
     ("--template FAKE", "FAKD"),
@@ -126,8 +127,8 @@ def test_a_plus_in_the_name_of_an_existing_file_separates_nothing(tmp_path):
     ("--decay 200-100", "rising"),
     ("--betas 0.9", "pair"),
     ("--betas 0.9,1.5", "0..1"),
-    ("--epochs 0", "1 or more"),
-    ("--history_every cosine", "1 or more"),
+    ("--epochs 0", "1..1000000000"),
+    ("--history_every cosine", "whole number"),
     ("--lr nan", "above 0"),
     ("--resume 1 --reset", "--reset"),
     ("--save_gt", "--save_results"),
@@ -136,13 +137,14 @@ def test_a_plus_in_the_name_of_an_existing_file_separates_nothing(tmp_path):
     ("--feat [1]", "--feat"),
     ("--template +", "no preset"), ("--template FAKD+", "no preset"),
     ("--template CARN_M --model RCAN", "--template CARN_M"),
-    ("--alpha nan", "0..1"), ("--gamma inf", "finite"), ("--momentum 1", "excluded"), ("--epsilon 0", "above 0"),
+    ("--alpha nan", "0..1"), ("--gamma inf", "at most 1"), ("--gamma 1.5", "at most 1"),
+    ("--momentum 1", "excluded"), ("--epsilon 0", "above 0"),
     ("--weight_decay -1", "0 or more"), ("--gclip nan", "0 or more"), ("--save_every -1", "0 or more"),
     ("--rbf_gamma nan", "above 0"), ("--res_scale inf", "0 or more"), ("--img_range nan", "above 0"),
     ("--seed 9223372036854775808", "2^63"), ("--n_threads 65", "0..64"), ("--P 101", "0..100"), ("--lr 1e300", "finite"),
     ("--rgb_range 1e9", "65535"), ("--batch_size 1000000000000", "65536"), ("--loss 1e999*DS", "finite"),
     ("--data_train A++B", "list such as"), ("--data_train ,", "list such as"), ("--data_test Set5+", "list such as"),
-    ("--data_test A+B+A", "twice"), ("--dir_demo ~nobody_here/x", "no home folder ~nobody_here"),
+    ("--data_test A+B+A", "duplicate A"), ("--dir_demo ~nobody_here/x", "no home folder ~nobody_here"),
     ("--ckp_dir=", "folder of all runs"), ("--ckp_dir cache", "a name of its own"), ("--ckp_dir ./cache/x", "decoded"),
 ])
 def test_a_mistake_gets_one_line_and_status_2(line, words, capsys):
@@ -162,7 +164,7 @@ def test_sizes_of_networks(line, value):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--depths [6,x]", "whole number"), ("--depths [6,0]", "1 or more"), ("--num_heads __import__('os')", "whole number"),
+    ("--depths [6,x]", "whole number"), ("--depths [6,0]", "1..65536"), ("--num_heads __import__('os')", "whole number"),
     ("--multi_scale 2++4", "list such as"), ("--RDNconfig C", "D,C,G"), ("--RDNconfig 16,0,64", "D,C,G"),
     ("--upsampler bicubic", "pixelshuffle")])
 def test_a_wrong_size_gets_one_line(line, words, capsys):
@@ -179,7 +181,7 @@ def test_every_size_of_every_network_has_a_flag():
     from model.rdn import PUBLISHED  # noqa: PLC0415
     sizes = {key for network, _ in NETWORKS.values() for key in inspect.signature(network).parameters}
     assert sizes - set(vars(parse())) == {"in_chans"}  # images are RGB here; gray networks are only read from files
-    assert {name: tuple(map(int, numbers.split(","))) for numbers, name in option.RDN_NAMES.items()} == PUBLISHED
+    assert {name: tuple(map(int, numbers.split(","))) for numbers, name in option_types.RDN_NAMES.items()} == PUBLISHED
 
 
 def test_help_needs_no_torch():
@@ -188,10 +190,39 @@ def test_help_needs_no_torch():
 
 
 def test_every_flag_has_help_and_is_used():
-    files = [file for file in (ROOT / "code").rglob("*.py") if file.name not in ("option.py", "template.py")]
+    apart = "option.py", "option_types.py", "template.py"
+    files = [file for file in (ROOT / "code").rglob("*.py") if file.name not in apart]
     code = "".join(file.read_text() for file in files)
     for action in option.make_parser()._actions:
         assert action.help, action.dest
         used = (f"args.{action.dest}", f'"{action.dest}"', f"{action.dest}=", f"{action.dest},", f"{action.dest})")
         in_option = action.dest in ("template", "alpha", "feature_loss_used", "feature_distilation_type", "help")
         assert in_option or any(use in code for use in used), f"--{action.dest} has no effect"
+
+
+NAMES = None, option_types.parse_list, option_types.parse_once, option_types.parse_names
+NUMERIC = [action.option_strings[0] for action in option.make_parser()._actions if action.type not in NAMES]
+ABSURD = ["2147483648", "9223372036854775808", "1" + "0" * 30, "1" + "0" * 5000, "-1", "1e400", "-1e400", "nan", "", "x",
+          "\uff11", "1_000", "[2147483648]", "2147483648-4294967296it", "1e400*zoom_in", "0.9,nan", "1,2,99999999999"]
+BOUNDS = {"--seed": 2**63 - 1, "--decay": 10**18}
+
+
+@pytest.mark.parametrize("value", ABSURD, ids=lambda value: value[:20])
+@pytest.mark.parametrize("flag", NUMERIC)
+def test_an_absurd_number_is_refused_in_one_line_or_is_in_bounds(flag, value, capsys):
+    try:
+        parsed = getattr(option.make_parser().parse_args([f"{flag}={value}"]), flag[2:])
+    except SystemExit as ended:
+        err = capsys.readouterr().err
+        assert ended.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+        return
+    for number in parsed if isinstance(parsed, (list, tuple)) else [parsed]:
+        if isinstance(number, int):
+            assert 0 <= number <= BOUNDS.get(flag, 10**9), (flag, number)
+        elif isinstance(number, float):
+            assert 0 <= number <= option_types.LARGEST, (flag, number)
+
+
+def test_every_numeric_flag_is_tried_with_absurd_numbers():
+    assert {"--patch_size", "--n_feats", "--epochs", "--test_every", "--features", "--betas", "--seed"} <= set(NUMERIC)
+    assert len(NUMERIC) > 50

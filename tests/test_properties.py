@@ -10,6 +10,7 @@ import inference
 import loss
 import numpy as np
 import option
+import option_types
 import pytest
 import torch
 from data import degrade, teacher_cache
@@ -39,14 +40,14 @@ TEXT_FLAGS = sorted(action.option_strings[0] for action in option.make_parser().
 @given(st.lists(st.tuples(WEIGHTS, st.sampled_from(sorted(loss.TERMS))), min_size=1, unique_by=itemgetter(1)),
        st.sampled_from(["+", " + "]))
 def test_a_loss_string_is_read_as_it_was_written(terms, plus):
-    assert option.parse_loss(plus.join(f"{weight!r}*{name}" for weight, name in terms)) == terms
-    assert option.parse_loss(plus.join(name for _, name in terms)) == [(1, name) for _, name in terms]
+    assert option_types.parse_loss(plus.join(f"{weight!r}*{name}" for weight, name in terms)) == terms
+    assert option_types.parse_loss(plus.join(name for _, name in terms)) == [(1, name) for _, name in terms]
 
 
 @given(TEXT)
 def test_any_text_is_a_loss_string_or_a_value_error(text):
     try:
-        terms = option.parse_loss(text)
+        terms = option_types.parse_loss(text)
     except ValueError:
         return
     assert terms and all(0 <= weight < math.inf and re.fullmatch(r"\w+", name) for weight, name in terms)
@@ -72,7 +73,7 @@ def test_any_text_is_a_value_or_an_argument_error(parse, text):
 @given(TEXT)
 def test_any_text_is_labelled_files_or_a_user_error(text):
     try:
-        nets = option.parse_labelled(text)
+        nets = option_types.parse_labelled(text)
     except UserError:
         return
     assert all(label and path for label, path in nets.items())

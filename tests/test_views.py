@@ -107,7 +107,7 @@ def test_a_view_that_cannot_be_made_is_explained(line, words):
 @pytest.mark.parametrize("line, words", [
     ("--upcycle zoom", "there is no view zoom"),
     ("--upcycle=-1*zoom_in", "WEIGHT*VIEW"),
-    ("--upcycle zoom_in+zoom_in", "twice"),
+    ("--upcycle zoom_in+zoom_in", "duplicate"),
     ("--n_zoom_in 2", "--upcycle"),
     ("--view_terms DS", "--upcycle"),
     ("--upcycle zoom_out --n_zoom_in 2", "does not name"),

@@ -4,10 +4,10 @@ import sys
 import warnings
 
 import torch
-from system import distributed
 from torch.utils.data import DataLoader
 
 from data.dataset import Batches, Crops, Images
+from system import distributed
 
 __all__ = ["Crops", "Images", "make_batches", "make_benchmarks"]
 GRACE = 60  # seconds that a worker goes on after SIGTERM, in which the main process finishes its step and saves
@@ -21,9 +21,22 @@ def make_batches(args, crops, start, stop, pin_memory=False):
     """
     warnings.filterwarnings("ignore", "This DataLoader will create")  # two on one core still prefetch
     batches = Batches(start, stop, args.batch_size, distributed.rank(), distributed.world_size())
-    return DataLoader(crops, batch_sampler=batches, num_workers=args.n_threads, pin_memory=pin_memory,
-                      worker_init_fn=_start_worker,
-                      generator=torch.Generator().manual_seed(args.seed))  # the global generator is used by the loss
+    return Loader(crops, batch_sampler=batches, num_workers=args.n_threads, pin_memory=pin_memory,
+                  worker_init_fn=_start_worker,
+                  generator=torch.Generator().manual_seed(args.seed))  # the global generator is used by the loss
+
+
+class Loader(DataLoader):
+    """A DataLoader that raises the sudden end of a worker in `next`, after 5 seconds at most.
+
+    PyTorch raises it in a signal handler, in the middle of any other computation, where it may be lost or reported twice.
+    """
+
+    def __iter__(self):
+        iterator = super().__iter__()
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return iterator
 
 
 def make_benchmarks(args):

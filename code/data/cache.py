@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
 from system.errors import UserError, reason_of
 from system.files import atomic_write, lock, remove_stale_parts
 

@@ -3,7 +3,6 @@ import sys
 
 import numpy as np
 import torch
-from system.errors import UserError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -11,6 +10,7 @@ from data import degrade
 from data.cache import Cache, cache_folder
 from data.image import read_image, read_photo, reading
 from data.source import default_cache, find
+from system.errors import UserError
 
 SMALLEST = 11  # pixels a side that SSIM needs of an image, when `scale` are shaved off each border
 

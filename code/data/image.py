@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
 from system.errors import UserError, reason_of, writing
 from system.files import atomic_path
 

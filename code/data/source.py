@@ -4,10 +4,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.image import SUFFIXES, is_folder, list_images, reading
 from option import ROOT
 from system.errors import UserError
-
-from data.image import SUFFIXES, is_folder, list_images, reading
 
 # Colour photographs and grey textures inside the scikit-image package. Held out: a face, an object, a machine, a texture;
 # none shows what a training image shows (`motorcycle` left and right are one scene).

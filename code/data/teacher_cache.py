@@ -7,13 +7,13 @@ scale and the precision. An interrupted computation goes on where it was (data/c
 import logging
 from functools import partial
 
-import inference
 import torch
-from system.device import autocast
-from system.errors import UserError
 
+import inference
 from data.cache import digest_of
 from data.dataset import progress
+from system.device import autocast
+from system.errors import UserError
 
 log = logging.getLogger("sr")
 MIDDLE, UNIT = 128, 1 / 128

@@ -8,7 +8,7 @@ from torch import nn
 
 from loss import adversarial, affinity, consistency, contrastive, distribution, feature, nce, pixel
 from loss.term import Context, LossInputs, Output, Term, concatenate
-from option import parse_loss
+from option_types import parse_loss
 from system.errors import UserError
 
 __all__ = ["TERMS", "Context", "Loss", "LossInputs", "Output", "Term", "build_loss", "concatenate", "needs_of"]

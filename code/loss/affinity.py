@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from loss.term import Context, LossInputs, Term
+from system.errors import UserError
 
 log = logging.getLogger("sr")
 EPSILON = 1e-8
@@ -207,12 +208,16 @@ class RadialBasisFunction(PooledSpatialAffinity):
     """RBF: Gaussian kernel exp(-2 gamma (1 - s)) of the cosine similarities s of pooled feature maps.
 
     Computed as its Taylor series, the sum over p = 0..order of exp(-2 gamma) (2 gamma)^p / p! s^p.
-    Source: Peng et al., ICCV 2019, in FAKD's code.
+    Source: Peng et al., ICCV 2019, in FAKD's code. Raises UserError where all coefficients vanish in float32.
     """
 
     def __init__(self, features: Sequence[int] = (1, 2, 3), pool_size: int = 1, pool_type: str = "max", order: int = 2,
                  gamma: float = 5):
         super().__init__(features, pool_size, pool_type)
+        largest = max(p * math.log(2 * gamma) - math.lgamma(p + 1) for p in range(order + 1)) - 2 * gamma
+        if largest < math.log(torch.finfo(torch.float32).tiny):
+            raise UserError(f"--rbf_gamma {gamma:g}: with --P {order} every coefficient of the RBF kernel vanishes in "
+                            "single precision (it is below 1e-38); give a smaller gamma, or a larger --P")
         self.polynomial = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
 
 

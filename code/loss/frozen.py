@@ -1,44 +1,53 @@
-"""Networks that judge images and are never trained: from their released files, or untrained ones for trying things out.
+"""Pretrained feature networks of the loss, which are never trained, and untrained ones for trying things out.
 
-A run holds each once, in `context.shared`; a term keeps it outside of its own modules (`object.__setattr__`), so that it is
-in no state_dict and no optimiser. A step runs each image through it once, by `once`. `title` is its name in messages.
+A run builds each once, in `context.shared`; a term keeps it outside of its own modules (`object.__setattr__`), so that it is
+in no state_dict and no optimiser. The feature maps of an image are computed once in a step, by `once`. `title` is the
+network's name in messages.
 """
 import logging
 import math
+import os
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from loss.term import Context, LossInputs
 from model.loading import CheckpointError
 
 log = logging.getLogger("sr")
 
 
-def frozen(context, name, make):
-    """The network `name` of this run: `make(args)` is called once; no gradients, eval mode, on the run's device."""
+def frozen(context: Context, name: str, make: Callable) -> nn.Module:
+    """Return the run's network `name`, which `make(args)` builds on first use: in eval mode, without gradients."""
     if name not in context.shared:
         context.shared[name] = make(context.args).eval().requires_grad_(False)
         context.shared[name].to(context.device, memory_format=torch.channels_last)
     return context.shared[name]
 
 
-def once(inputs, key, compute):
-    """`compute()` of the first term that asks for `key` on these inputs, for all."""
+def once(inputs: LossInputs, key: Hashable, compute: Callable) -> object:
+    """Return `compute()`, which is called once for each key on these inputs and shared by all terms."""
     if key not in inputs.cache:
         inputs.cache[key] = compute()
     return inputs.cache[key]
 
 
-def require_file(path, name, flag):
-    """Raises CheckpointError with what to do where the released file of a network is not there."""
-    if not Path(path).is_file():
+def require_file(path: Path | str, name: str, flag: str) -> None:
+    """Raise CheckpointError, with the ways to get it, where the released file of a network is missing."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; get it with bash scripts/download_teacher.sh {name}, name another "
-                              f"place with {flag}, or try things out with --feature_net random")
+                              f"place with {flag}, or try things out with --feature_net random") from None
+    except OSError:
+        pass  # read_checkpoint reports the reason
 
 
-def randomise(net, seed=0):
-    """Untrained weights for a network: normal by He et al.'s rule, from a generator of its own."""
-    log.info("--feature_net random: the %s is an untrained one, its terms are for trying things out only", net.title)
+def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Initialise a network with He et al.'s normal distribution, from a generator of its own, and return it."""
+    log.info("--feature_net random: the %s is untrained; use its terms for trying things out only", net.title)
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, parameter in net.named_parameters():
@@ -51,7 +60,7 @@ def randomise(net, seed=0):
     return net
 
 
-def build(network, **sizes):
-    """A new network, whose initial weights take nothing from the run's random numbers."""
+def new_network(network: type[nn.Module], **sizes) -> nn.Module:
+    """Build a network without a change to the state of the run's random number generator."""
     with torch.random.fork_rng(devices=[]):
         return network(**sizes)

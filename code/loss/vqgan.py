@@ -4,17 +4,22 @@ Five levels of ch x ch_mult[i] channels, each half the size of the one before, a
 swish and convolution, with attention at the coarsest. Sizes are read from the file; DCKD uses `f16-1024`: 16 times smaller,
 1024 codes.
 """
-import pickle
 from collections import OrderedDict
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loss.frozen import build, frozen, randomise, require_file
+from loss.frozen import frozen, new_network, randomise, require_file
+from loss.term import Context
 from model.common import pad_to_window
-from model.loading import CheckpointError, load_strictly, read_checkpoint
+from model.layout import count
+from model.loading import CheckpointError, build, read_checkpoint
+from system.files import file_size
 
 IGNORED = "decoder.", "post_quant_conv.", "loss."
 F16_1024 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attention=(4,), z_channels=256, embed_dim=256,
@@ -22,12 +27,15 @@ F16_1024 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attention=(4,
 LEVELS = 5
 
 
-def normalisation(channels):
+def normalisation(channels: int) -> nn.GroupNorm:
+    """Build the group normalisation that every block uses."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    def __init__(self, before, channels):
+    """Apply group normalisation, swish and convolution twice, and add the input, N x `before` x H x W."""
+
+    def __init__(self, before: int, channels: int):
         super().__init__()
         self.norm1, self.conv1 = normalisation(before), nn.Conv2d(before, channels, 3, padding=1)
         self.norm2, self.conv2 = normalisation(channels), nn.Conv2d(channels, channels, 3, padding=1)
@@ -41,9 +49,9 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every position attends to every other, with one head."""
+    """Apply single-head self-attention over all positions, and add the input."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.norm = normalisation(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
@@ -56,7 +64,9 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    def __init__(self, channels):
+    """Halve the size by a strided convolution, padded with zeros at the bottom and right."""
+
+    def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
@@ -65,15 +75,17 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    def __init__(self, before, channels, blocks, attention, last):
+    """The residual blocks of one resolution, each followed by attention if there is any, and the downsampling."""
+
+    def __init__(self, before: int, channels: int, blocks: int, attention: bool, last: bool):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(channels if index else before, channels) for index in range(blocks))
         self.attn = nn.ModuleList(Attention(channels) for _ in range(blocks if attention else 0))
         if not last:
             self.downsample = Downsample(channels)
 
-    def finish(self, x):
-        """What follows the first residual block."""
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply what follows the first residual block."""
         for index, block in enumerate(self.block):
             x = block(x) if index else x
             x = self.attn[index](x) if self.attn else x
@@ -81,7 +93,9 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, channels):
+    """Residual block, attention and residual block at the coarsest resolution."""
+
+    def __init__(self, channels: int):
         super().__init__()
         self.block_1, self.block_2 = ResBlock(channels, channels), ResBlock(channels, channels)
         self.attn_1 = Attention(channels)
@@ -91,7 +105,9 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, ch, ch_mult, num_res_blocks, attention, z_channels):
+    """The encoder's layers under their released names; `VQGAN` applies them."""
+
+    def __init__(self, ch: int, ch_mult: list[int], num_res_blocks: int, attention: list[int], z_channels: int):
         super().__init__()
         widths = [ch * factor for factor in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
@@ -102,14 +118,15 @@ class Encoder(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """`forward(images)`: N x 3 x H x W in [0, rgb_range] -> the first residual block's output of each level.
+    """Compute the first residual block's output of each level from images N x 3 x H x W in [0, rgb_range].
 
-    The images are moved to [-1, 1], on which the network was trained (DCKD's published code feeds it [0, 1]), and extended
-    by reflection to multiples of 16, so that the strided convolutions drop no row or column.
+    The images are scaled to [-1, 1], the range of the training images (DCKD's published code uses [0, 1]), and padded by
+    reflection to multiples of 16, so that the strided convolutions drop no row or column.
     """
     title = "VQGAN"
 
-    def __init__(self, ch, ch_mult, num_res_blocks, attention, z_channels, embed_dim, n_embed):
+    def __init__(self, ch: int, ch_mult: list[int], num_res_blocks: int, attention: list[int], z_channels: int,
+                 embed_dim: int, n_embed: int):
         super().__init__()
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, attention, z_channels)
         self.quantize = nn.Module()
@@ -117,38 +134,37 @@ class VQGAN(nn.Module):
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
         self.rgb_range = 255
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         x = images.float() * (2 / self.rgb_range) - 1
         return self.maps(pad_to_window(x, 2 ** (len(self.encoder.down) - 1)))
 
-    def maps(self, x):
-        """The five maps of raw input."""
+    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Compute the five feature maps of an input in [-1, 1] whose sides are multiples of 16."""
         x, levels = self.encoder.conv_in(x), self.encoder.down
         maps = [levels[0].block[0](x)]
         for finer, level in pairwise(levels):
             maps.append(level.block[0](finer.finish(maps[-1])))
         return maps
 
-    def latent(self, last):
-        """z, N x embed_dim x H/16 x W/16, from the last of the five maps: the rest of the encoder, and quant_conv."""
+    def latent(self, last: torch.Tensor) -> torch.Tensor:
+        """Compute z, N x embed_dim x H/16 x W/16, from the last of the five feature maps."""
         x = self.encoder.mid(self.encoder.down[-1].finish(last))
         return self.quant_conv(self.encoder.conv_out(F.silu(self.encoder.norm_out(x))))
 
-    def code_logits(self, z):
-        """z -> (N h w) x n_embed, whose softmax are the probabilities of the codes, positions in the order n, h, w.
+    def code_logits(self, z: torch.Tensor) -> torch.Tensor:
+        """Compute (N h w) x n_embed logits of the codes from z, positions in the order n, h, w.
 
-        softmax(max d - d) of the squared distances d = |z|^2 - 2 z e + |e|^2 to the codes e: |z|^2 and max d, the same for
-        all codes of a position, cancel.
+        DCKD's probabilities are softmax(max d - d) of the squared distances d = |z|^2 - 2 z e + |e|^2 to the codes e; |z|^2
+        and max d are the same for all codes of a position and cancel.
         """
         codes = self.quantize.embedding.weight
         return 2 * z.permute(0, 2, 3, 1).flatten(0, 2) @ codes.T - codes.pow(2).sum(1)
 
 
-def recognise(state):
-    """Sizes from names and shapes; raises KeyError for a name that is not there."""
+def recognise(state: dict[str, torch.Tensor]) -> dict:
+    """Return the constructor arguments of a VQGAN, read from names and shapes; raises KeyError for a missing name."""
     ch = state["encoder.conv_in.weight"].shape[0]
-    levels, blocks = (1 + max((int(name.split(".")[place]) for name in state if name.startswith(start)), default=-1)
-                      for start, place in (("encoder.down.", 2), ("encoder.down.0.block.", 4)))
+    levels, blocks = count(state, "encoder.down.*"), count(state, "encoder.down.0.block.*")
     widths = [state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
     return dict(ch=ch, ch_mult=[width // ch for width in widths], num_res_blocks=blocks,
                 attention=[level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in state],
@@ -157,17 +173,21 @@ def recognise(state):
 
 
 class Inert:
-    """Stands for every class that a Lightning file names beside its weights: none of them is imported, nothing is run."""
+    """Stand in for every class that a Lightning file names beside its weights: none is imported, no code is run."""
 
     def __new__(cls, *_):
-        return OrderedDict()  # which torch's safe reader fills with whatever the object held
+        return OrderedDict()  # PyTorch's restricted unpickler fills it with whatever the object held
 
 
-def read_lightning(path):
-    """`read_checkpoint` of a file that also holds its training's callbacks, by classes that nobody here has installed."""
+def read_lightning(path: Path | str) -> dict[str, torch.Tensor]:
+    """Read a checkpoint that also holds its training's callbacks, objects of classes that are not installed.
+
+    Raises CheckpointError.
+    """
     try:
+        file_size(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError):  # for read_checkpoint to say what it is
+    except Exception:  # a damaged file can make PyTorch raise anything; read_checkpoint then reports what is wrong
         names = []
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
@@ -177,24 +197,24 @@ def read_lightning(path):
                               ) from None
 
 
-def load_vqgan(path):
-    """The network of a file; raises CheckpointError."""
+def load_vqgan(path: Path | str) -> VQGAN:
+    """Load a VQGAN; raises CheckpointError."""
     state = read_lightning(path)
     try:
         sizes = recognise(state)
-        if len(sizes["ch_mult"]) != LEVELS:
-            raise ValueError(f"{len(sizes['ch_mult'])} levels, not {LEVELS}")
-        net = build(VQGAN, **sizes)
     except KeyError as error:
         raise CheckpointError(f"{path}: not a VQGAN: no {error.args[0]}") from None
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: not a VQGAN that is known here: {error}") from None
-    return load_strictly(net, state, f"{path}: not a {net.title}: ", IGNORED)
+    except (ArithmeticError, IndexError, ValueError):
+        raise CheckpointError(f"{path}: not a VQGAN: its tensors have other shapes") from None
+    if len(sizes["ch_mult"]) != LEVELS:
+        raise CheckpointError(f"{path}: not a VQGAN that is supported: {len(sizes['ch_mult'])} levels, not {LEVELS}")
+    return build(partial(new_network, VQGAN, **sizes), state, VQGAN.title, f"{path}: not a VQGAN: ", IGNORED)
 
 
-def make_vqgan(args):
+def make_vqgan(args: SimpleNamespace) -> VQGAN:
+    """Load the VQGAN of --vqgan_path, or build an untrained one; raises CheckpointError."""
     if args.feature_net == "random":
-        net = randomise(build(VQGAN, **F16_1024))
+        net = randomise(new_network(VQGAN, **F16_1024))
     else:
         require_file(args.vqgan_path, "vqgan_f16_1024", "--vqgan_path")
         net = load_vqgan(args.vqgan_path)
@@ -202,6 +222,6 @@ def make_vqgan(args):
     return net
 
 
-def shared_vqgan(context):
-    """The run's VQGAN."""
+def shared_vqgan(context: Context) -> VQGAN:
+    """Return the VQGAN that all terms of a run share; raises CheckpointError."""
     return frozen(context, "vqgan", make_vqgan)

@@ -1,19 +1,28 @@
 """Networks by name, and from checkpoints of any layout they were released in."""
 import inspect
 import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
 
-from system.errors import UserError
+import torch
+from torch import nn
 
 from model import carn, edsr, imdn, rcan, rdn, san, swinir
 from model.common import MEAN_SHIFTS
 from model.layout import describe_nearest, recognise
-from model.loading import CheckpointError, load_strictly, read_checkpoint
+from model.loading import CheckpointError, build, on_meta_device, read_checkpoint
 from model.slicing import inherit, narrow_network, slim
+from system.errors import UserError
+from system.memory_budget import free_memory
 
 __all__ = ["NETWORKS", "CheckpointError", "describe", "inherit", "load_as_told", "load_model", "make_model", "require_rgb",
            "save_header", "slim"]
 
-LEFT_OPEN = "res_scale", "img_range"  # sizes that do not show in names and shapes: those asked for win
+LEFT_OPEN = "res_scale", "img_range"  # not seen in names and shapes: an explicit flag replaces the file's value
+REALS, LISTS = ("res_scale", "mlp_ratio", "img_range"), ("depths", "num_heads", "multi_scale")
+WORDS = "upsampler", "resi_connection", "RDNconfig"
+SCALES = 1, 2, 3, 4, 8
 
 log = logging.getLogger("sr")
 
@@ -30,27 +39,37 @@ NETWORKS = {
 }
 
 
-def make_model(name, args):
-    """A new network of that name: sizes from the flags in `args` that its constructor knows, its own for the rest."""
+def make_model(name: str, args: SimpleNamespace) -> nn.Module:
+    """Build a new network: sizes from those flags in `args` that its constructor has, its own defaults for the rest.
+
+    Raises UserError for an unknown name, and for sizes that do not go together or need more memory than is free.
+    """
     if name not in NETWORKS:
         raise UserError(f"no network is called {name}: there are {', '.join(NETWORKS)}")
     network = NETWORKS[name][0]
     note_unused(name, getattr(args, "given", set()) & size_flags() - inspect.signature(network).parameters.keys())
     sizes = {key: getattr(args, key, None) for key in inspect.signature(network).parameters}
+    sizes = {key: value for key, value in sizes.items() if value is not None}
     try:
-        net = network(**{key: value for key, value in sizes.items() if value is not None})
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
+        with on_meta_device():
+            outline = network(**sizes)
+    except (UserError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())[:200]}") from None
+    needed, free = (sum(x.nbytes for x in (*outline.parameters(), *outline.buffers())), free_memory(torch.device("cpu")))
+    if needed > free:
+        raise UserError(f"{name}: its weights take {needed / 1e9:,.1f} GB of the {free / 1e9:.1f} GB of free memory; give "
+                        "smaller sizes")
+    net = network(**sizes)
     net.rgb_range = getattr(args, "rgb_range", 255)
     return net
 
 
-def load_model(path, **override):
-    """The network that a checkpoint file holds, with its weights: name, sizes and scale are read from the file alone.
+def load_model(path: Path | str, **override) -> nn.Module:
+    """Load the network that a checkpoint file holds: its name, sizes and scale are read from the file alone.
 
-    override settles what a file leaves open (`res_scale=`, `img_range=`; `scale=` where it holds several); `width_mult=`
-    takes the channel slice of that width. Raises CheckpointError, which names the file and the first keys or shapes that do
-    not fit. Weights are on the CPU.
+    `override` sets what a file does not determine (`res_scale=`, `img_range=`; `scale=` if it holds several); `width_mult=`
+    takes the channel slice of that width. Weights are on the CPU. Raises CheckpointError, which names the file and the first
+    keys or shapes that do not fit.
     """
     width = override.pop("width_mult", None)
     if width:
@@ -64,83 +83,95 @@ def load_model(path, **override):
         if found:
             return _build(path, name, network, *found, override)
     if header:
-        raise CheckpointError(f"{path}: holds a network {header['network']} that this version does not know")
+        raise CheckpointError(f"{path}: holds a network {header['network'][:40]}, which this version does not have")
     nearest = describe_nearest(state, {name: layouts for name, (_, layouts) in NETWORKS.items()})
     if nearest:
         raise CheckpointError(f"{path}: {nearest}")
-    keys = ", ".join(list(state)[:4])
+    keys = ", ".join(list(state)[:4])[:200]
     raise CheckpointError(f"{path}: not a checkpoint of {', '.join(NETWORKS)} in a known layout; it begins with {keys}")
 
 
-def load_as_told(path, args, without=()):
-    """`load_model`, taking the flags that were given explicitly, but those in `without`, for claims about the file.
+def load_as_told(path: Path | str, args: SimpleNamespace, without: set | tuple = ()) -> nn.Module:
+    """Load a checkpoint and compare it with the sizes in explicit flags, but those in `without`.
 
-    A wrong one is an error.
+    Raises CheckpointError where a flag contradicts the file.
     """
     sizes = (args.given & (size_flags() | {"width_mult"})) - set(without)
     net = require_rgb(load_model(path, **{key: getattr(args, key) for key in sizes}), path)
     name = save_header(net)["network"]
     if "model" in args.given and args.model != name:
-        raise CheckpointError(f"{path}: holds a network {name}, not --model {args.model} as asked for")
+        raise CheckpointError(f"{path}: holds a network {name}, not --model {args.model}")
     note_unused(name, sizes - net.config.keys() - {"width_mult"})
     net.rgb_range = args.rgb_range
     return net
 
 
-def size_flags():
-    """The names of all networks' constructor arguments, which are flags as well."""
+def size_flags() -> set[str]:
+    """Return the names of all networks' constructor arguments, which are flags as well."""
     return {key for network, _ in NETWORKS.values() for key in inspect.signature(network).parameters}
 
 
-def note_unused(name, flags):
+def note_unused(name: str, flags: set[str]) -> None:
+    """Log the explicit flags that the network has no constructor argument for."""
     for flag in sorted(flags):
         log.info("--%s has no effect: %s has no such size", flag, name)
 
 
-def describe(net):
-    """Name, sizes and number of parameters of a network, in a line; of a channel slice its own."""
+def describe(net: nn.Module) -> str:
+    """Return the name, sizes and number of parameters of a network or channel slice in one line."""
     sizes = ", ".join(f"{name} {value}" for name, value in net.config.items())
     shapes = getattr(net, "shapes", None) or {name: parameter.shape for name, parameter in net.named_parameters()}
     name = type(getattr(net, "full_network", net)).__name__
     return f"{name}, {sizes}, {sum(shape.numel() for shape in shapes.values()):,} parameters"
 
 
-def require_rgb(net, path):
-    """The network; raises CheckpointError for one that takes gray images, which are none of ours."""
+def require_rgb(net: nn.Module, path: Path | str) -> nn.Module:
+    """Return the network; raises CheckpointError if it takes gray images."""
     if net.config.get("in_chans", 3) != 3:
-        raise CheckpointError(f"{path}: holds a network {type(net).__name__} for gray images, and images here are RGB")
+        raise CheckpointError(f"{path}: holds a network {type(net).__name__} for gray images; only RGB is supported")
     return net
 
 
 def _build(path, name, network, config, state, layout, override):
     override = {key: value for key, value in override.items() if value is not None}
+    wrong = next((key for key, value in config.items() if not is_size(key, value)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {name} cannot be built: {str(wrong)[:40]} in its header is not a valid size")
     if config.get("multi_scale"):  # the one in use: as asked for, or that of this project's own file
         scale = override.pop("scale", config.get("scale"))
         if scale not in config["multi_scale"]:
             held = ", ".join(f"x{one}" for one in config["multi_scale"])
             raise CheckpointError(f"{path}: holds {name} for {held}: "
-                                  + (f"not for x{scale} as asked for" if scale else "say which with --scale"))
+                                  + (f"not for x{scale}" if scale else "choose one with --scale"))
         config = {**config, "scale": scale}
     for key, value in override.items():
         if key not in LEFT_OPEN and as_list(config.get(key, value)) != as_list(value):
-            raise CheckpointError(f"{path}: holds {name} with {key} {config[key]}, not {value} as asked for")
+            raise CheckpointError(f"{path}: holds {name} with {key} {config[key]}, not {value}")
     config = {**config, **{key: value for key, value in override.items() if key in inspect.signature(network).parameters}}
-    try:
-        net = network(**config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {name} cannot be built as its header says ({error})") from None
-    means = {key: value for key, value in net.state_dict().items() if key.startswith(MEAN_SHIFTS)}
     native = NETWORKS[name][1][0].name
     origin = f" in the layout of {layout}" if layout else ""
     origin += f", renamed as in {native}" if layout not in (None, native) else ""
-    return load_strictly(net, {**means, **state}, f"{path}: looks like {name} {config}{origin}, but ").eval()
+    return build(lambda: network(**config), state, name, f"{path}: looks like {name} {config}{origin}, but ",
+                 optional=MEAN_SHIFTS).eval()
 
 
-def as_list(value):
+def is_size(key: str, value: object) -> bool:
+    """Return whether a value from a file's header can be the constructor argument `key` of a network."""
+    if key in WORDS:
+        return isinstance(value, str) and len(value) < 100
+    if key in LISTS:
+        return value is False or (isinstance(value, (list, tuple)) and all(is_size("", number) for number in value))
+    if key in REALS:
+        return type(value) in (int, float) and math.isfinite(value) and (value > 0 or (value == 0 and key == "res_scale"))
+    return type(value) is int and 0 < value <= 65536 and (key != "scale" or value in SCALES)
+
+
+def as_list(value: object) -> object:
+    """Return a tuple as a list, and anything else as it is."""
     return list(value) if isinstance(value, tuple) else value
 
 
-def save_header(net):
-    """What a checkpoint of this project says of its network beside the weights: `load_model` builds it from that."""
+def save_header(net: nn.Module) -> dict:
+    """Return what a checkpoint of this project holds beside the weights, from which `load_model` builds the network."""
     name = next(name for name, (network, _) in NETWORKS.items() if type(net) is network)
     return {"network": name, "config": dict(net.config)}

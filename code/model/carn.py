@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from model.common import DIV2K_MEAN, ImageConv, MeanShift, Network, conv, upsampling_factors
+from model.common import MEAN, ImageConv, MeanShift, Network, conv, upsampling_factors
 from model.layout import Layout, State, upsampler_scale
 
 
@@ -15,7 +15,7 @@ class Shift(nn.Module):
         super().__init__()
         self.shifter = MeanShift(sign, trainable=False)
         with torch.no_grad():
-            self.shifter.bias.copy_(sign * torch.tensor(DIV2K_MEAN))
+            self.shifter.bias.copy_(sign * MEAN)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shift N x 3 x H x W."""

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB in [0, 1]
+MEAN = torch.tensor(DIV2K_MEAN)
 MEAN_SHIFTS = "sub_mean.", "add_mean."  # parameters with these prefixes may be missing in a checkpoint: see MeanShift
 
 
@@ -98,8 +99,8 @@ class MeanShift(ImageConv):
     def __init__(self, sign: int, trainable: bool):
         super().__init__(3, 3, kernel_size=1)
         with torch.no_grad():
-            self.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
-            self.bias.copy_(sign * 255 * torch.tensor(DIV2K_MEAN))
+            nn.init.dirac_(self.weight)
+            self.bias.copy_(sign * 255 * MEAN)
         self.requires_grad_(trainable)
 
 

@@ -36,8 +36,8 @@ def recognise(state: State, layouts: Iterable[Layout]) -> tuple[dict, State, str
     """Return (config, renamed state, name of the layout) for the layout that a state has; None where it has none of them."""
     for layout in layouts:
         if not layout.missing(state):
-            renamed = rename(state, layout.rules(state))
             try:
+                renamed = rename(state, layout.rules(state))
                 return layout.read_config(renamed), renamed, layout.name
             except (ArithmeticError, LookupError, TypeError, ValueError):  # the names of this layout on other shapes
                 continue

@@ -3,12 +3,11 @@ from argparse import Namespace
 from collections.abc import Set
 from os import PathLike
 
-from system.errors import UserError
-
 from model import inherit, load_as_told, load_model, make_model, require_rgb, slim
 from model.common import Network
 from model.slicing import Slice
 from model.teachers import teacher_path
+from system.errors import UserError
 
 
 def make_networks(args: Namespace, needs: Set[str]) -> tuple[Network | Slice, list[Network]]:

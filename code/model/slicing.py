@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterable, Sequence
 
 import torch
-from system.errors import UserError
 from torch import nn
 from torch.func import functional_call
 
 from model import rdn
 from model.common import Network
+from system.errors import UserError
 
 FIXED_ARGUMENTS = "scale", "window_size", "group"  # must be equal: they determine what an entry of a parameter means
 WIDTH_ARGUMENTS = "n_feats", "G0", "RDNconfig", "n_inner"  # numbers of channels, which are multiplied by the width

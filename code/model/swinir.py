@@ -32,6 +32,8 @@ def from_windows(x: torch.Tensor, window: int, height: int, width: int) -> torch
 
 def relative_position_index(window: int) -> torch.Tensor:
     """Compute, for each pair of positions of a window, the row of the bias table for their offset: window^2 x window^2."""
+    if torch.empty(0).is_meta:  # arange on that device imports parts of PyTorch's compiler, which takes a second
+        return torch.empty(window**2, window**2, dtype=torch.int64)
     row, column = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
     row, column = row.flatten(), column.flatten()
     return (row[:, None] - row + window - 1) * (2 * window - 1) + column[:, None] - column + window - 1

@@ -2,10 +2,9 @@
 import os
 from pathlib import Path
 
+from model.loading import CheckpointError
 from option import ROOT
 from released import TEACHERS, files_of
-
-from model.loading import CheckpointError
 
 FOLDER = ROOT / "teacher_checkpoint"
 

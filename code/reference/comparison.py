@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
 from system.memory import peak_memory
 
 

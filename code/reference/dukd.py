@@ -7,15 +7,16 @@ not cleared before the second. Label consistency is undone in the correct order 
 import copy
 from collections.abc import Callable
 
-import option
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+import option
 from data import degrade
 from data.views import plan
 from distiller import build_distiller
 from loss import Context, build_loss
 from schedule import make_optimizer
-from torch import nn
 
 FLIP_AXES = {1: (2,), 2: (1,)}  # operation: axes of 3 x H x W
 

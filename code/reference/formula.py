@@ -3,13 +3,13 @@ from functools import partial
 from unittest import mock
 
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from inference import chop
 from loss.affinity import affinity_l1
 from model import san
 from model.edsr import EDSR
-from torch import nn
-from torch.nn import functional as F
-
 from reference.comparison import Comparison, convolution_arithmetic
 
 CHANNELS = 64

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 
 import torch
+
 from system.flops import flop_counter, peak_flops, run_time
 from system.memory import memory_from_shapes
 

@@ -4,20 +4,20 @@ from argparse import Namespace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import option
 import torch
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+import option
 from checkpoint import save_model
 from data import Crops, degrade
 from data.image import write_image
 from data.teacher_cache import cache_outputs
 from model.edsr import EDSR
-from system.device import autocast
-from system.memory import array_memory
-from torch.nn import functional as F
-from torch.utils.data import default_collate
-
 from reference.comparison import Comparison, convolution_arithmetic
 from reference.dukd import make_step, make_steps
+from system.device import autocast
+from system.memory import array_memory
 
 SCALE = 4
 BATCH_SIZE = {"cuda": 16, "cpu": 2}  # of training steps

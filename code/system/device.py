@@ -1,17 +1,22 @@
-"""Which processor the networks run on, in which precision."""
+"""The device that the networks run on, and the precision of their arithmetic."""
 import logging
 import os
+from types import SimpleNamespace
 
 import torch
 
-from system.errors import UserError, is_distributed
+from system.errors import UserError, check_environment, is_distributed
 
 log = logging.getLogger("sr")
 DTYPES = {"half": torch.float16, "bf16": torch.bfloat16}
 
 
-def pick_device(args):
-    """The GPU where there is one and --cpu does not forbid it, else the CPU, with a line that says so."""
+def pick_device(args: SimpleNamespace) -> torch.device:
+    """Return the GPU of this process, or the CPU with --cpu or, with a line in the log, where there is no GPU.
+
+    Raises UserError where the machine has fewer GPUs than processes, or torchrun's variables do not fit together.
+    """
+    check_environment()
     if args.cpu:
         return torch.device("cpu")
     if is_distributed() and torch.cuda.is_available():
@@ -24,7 +29,7 @@ def pick_device(args):
     if torch.cuda.is_available():
         if args.gpu_id < torch.cuda.device_count():
             return torch.device("cuda", args.gpu_id)
-        log.info("GPU %d is not there, this machine has %d: using GPU 0", args.gpu_id, torch.cuda.device_count())
+        log.info("there is no GPU %d, this machine has %d: using GPU 0", args.gpu_id, torch.cuda.device_count())
         return torch.device("cuda", 0)
     log.info("no GPU on this machine: using the CPU")
     return torch.device("cpu")

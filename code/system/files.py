@@ -4,15 +4,18 @@ import os
 import pickle
 import re
 import socket
+import stat
 import warnings
+import weakref
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from system.errors import UserError, reason_of
+from system.errors import UserError, is_out_of_memory, reason_of
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]  # a folder may be shared between machines
 PART = re.compile(rf"\..*\.{re.escape(HOST)}\.([0-9]+)\.part")
@@ -20,8 +23,10 @@ PART = re.compile(rf"\..*\.{re.escape(HOST)}\.([0-9]+)\.part")
 
 def part_of(path: Path) -> Path:
     """Return the name of the temporary file beside `path` that this process writes before it renames it to `path`."""
-    name = path.name.encode(errors="surrogateescape")[:150].decode(errors="ignore")  # file names have at most 255 bytes
-    return path.with_name(f".{name}.{HOST}.{os.getpid()}.part")
+    name = os.fsencode(path.name)
+    if len(name) > 150:  # file names have at most 255 bytes
+        name = name[:140] + b"%010d" % zlib.crc32(name)
+    return path.with_name(f".{os.fsdecode(name)}.{HOST}.{os.getpid()}.part")
 
 
 @contextmanager
@@ -59,18 +64,35 @@ def atomic_save(content: object, path: Path | str) -> None:
     atomic_write(path, buffer.getbuffer())
 
 
+def file_size(path: Path | str) -> int:
+    """Return the bytes of a regular file; raises UserError if it is none, or may not be read."""
+    try:
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):  # to open a named pipe would wait for ever
+            raise UserError(f"{path}: it is {'a folder' if stat.S_ISDIR(about.st_mode) else 'a device or pipe'}, not a file")
+        with open(path, "rb"):
+            return about.st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read ({reason_of(error)})") from None
+
+
 def load_torch_file(path: Path | str) -> object:
     """Return what torch.save wrote to `path`, with its tensors on the CPU, without ever unpickling code.
 
-    Raises UserError where the file is missing, may not be read, is damaged (PyTorch itself does not compare the checksums),
-    or holds anything but tensors, numbers, strings and containers of those.
+    Raises UserError where the file is missing, may not be read, is damaged, or holds anything but tensors, numbers, strings
+    and containers of those. PyTorch does not compare the checksums of its zip archives, which is done here; files from
+    before PyTorch 1.6 have none.
     """
-    path = Path(path)
+    size = file_size(path)
     try:
-        if zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # as PyTorch decides
+        if is_zip:
             with zipfile.ZipFile(path) as archive:
-                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                    raise UserError(f"{path}: compressed, which torch.save does not do; unpack it or fetch it again")
+                if sum(member.file_size for member in archive.infolist()) > size:
+                    raise UserError(f"{path}: compressed, which torch.save does not do; fetch it again")
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{path}: damaged ({damaged} does not match its checksum); fetch or copy it again")
@@ -79,15 +101,14 @@ def load_torch_file(path: Path | str) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read ({reason_of(error)})") from None
     except pickle.UnpicklingError:  # its text advises weights_only=False, which would run the file's code
         raise UserError(f"{path}: no PyTorch file, or one that holds code beside weights") from None
-    except Exception:  # a damaged file can make the reader raise anything, and its texts say little
-        raise UserError(f"{path}: damaged, or no PyTorch file ({path.stat().st_size:,} bytes); fetch or copy it again"
-                        ) from None
+    except Exception as error:  # a damaged file can make the reader raise anything, and its texts say little
+        if is_out_of_memory(error):
+            raise UserError(f"{path}: there is not enough memory to read its {size:,} bytes, or it is damaged") from None
+        raise UserError(f"{path}: damaged, or no PyTorch file ({size:,} bytes); fetch or copy it again") from None
 
 
 def remove_stale_parts(folder: Path) -> None:
@@ -125,4 +146,16 @@ def lock(path: Path, message: str, wait: bool = False) -> io.IOBase:
         raise UserError(message) from None
     except (ImportError, OSError):
         pass
+    _locks.add(file)
     return file
+
+
+def _close_locks():
+    """Close the locks that a DataLoader worker inherits, or they would outlive a main process that is killed."""
+    for file in _locks:
+        file.close()
+
+
+_locks = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)

@@ -1,0 +1,295 @@
+"""Types of the flags: each function parses one flag's value and states in its error what the flag accepts. Imports no torch.
+
+Sizes and counts have upper bounds, beyond which PyTorch ends with a traceback or fills the memory.
+"""
+import argparse
+import math
+import os
+import re
+from pathlib import Path
+
+from system.errors import UserError
+
+RDN_NAMES = {"20,6,32": "A", "16,8,64": "B"}
+SCALES = 2, 3, 4, 8
+VIEWS = "zoom_in", "zoom_out"
+LARGEST = 1e30  # float32 ends soon after, and PyTorch's optimisers end with a traceback
+MAX_COUNT = 10**9  # iterations, epochs, lines of the log
+MAX_SIZE = 65536  # pixels, channels, blocks
+
+
+# ---- numbers
+
+def natural(string: str) -> int:
+    """Parse a number of iterations or epochs, 0 or more."""
+    return _whole(string, 0, MAX_COUNT)
+
+
+def positive(string: str) -> int:
+    """Parse a number of iterations or epochs, 1 or more."""
+    return _whole(string, 1, MAX_COUNT)
+
+
+def size(string: str) -> int:
+    """Parse a number of pixels, channels, blocks or images, 1 or more."""
+    return _whole(string, 1, MAX_SIZE)
+
+
+def kernel(string: str) -> int:
+    """Parse the side of a convolution kernel in pixels."""
+    return _whole(string, 1, 99)
+
+
+def window(string: str) -> int:
+    """Parse the side of a SwinIR window in pixels, whose index of relative positions takes 8 x side^4 bytes per block."""
+    return _whole(string, 1, 64)
+
+
+def repeats(string: str) -> int:
+    """Parse how often something is repeated in each iteration, 1 or more."""
+    return _whole(string, 1, 1000)
+
+
+def repeats_or_none(string: str) -> int:
+    """Parse how often something is repeated in each iteration, 0 or more."""
+    return _whole(string, 0, 1000)
+
+
+def processes(string: str) -> int:
+    """Parse a number of processes, 1 or more."""
+    return _whole(string, 1, 64)
+
+
+def processes_or_none(string: str) -> int:
+    """Parse a number of processes, 0 or more."""
+    return _whole(string, 0, 64)
+
+
+def order(string: str) -> int:
+    """Parse the order of a Taylor series."""
+    return _whole(string, 0, 100)
+
+
+def seed(string: str) -> int:
+    """Parse a seed for the generators of PyTorch and NumPy."""
+    return _number(string, int, lambda value: 0 <= value < 2**63, "a whole number in 0..2^63-1")
+
+
+def fraction(string: str) -> float:
+    """Parse a number in [0, 1)."""
+    return _number(string, float, lambda value: 0 <= value < 1, "in 0..1, 1 excluded")
+
+
+def probability(string: str) -> float:
+    """Parse a number in [0, 1]."""
+    return _number(string, float, lambda value: 0 <= value <= 1, "in 0..1")
+
+
+def decay_factor(string: str) -> float:
+    """Parse a number in (0, 1]."""
+    return _number(string, float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+
+def positive_number(string: str) -> float:
+    """Parse a finite number above 0."""
+    return _number(string, float, lambda value: 0 < value <= LARGEST, "a finite number above 0")
+
+
+def not_negative(string: str) -> float:
+    """Parse a finite number, 0 or more."""
+    return _number(string, float, lambda value: 0 <= value <= LARGEST, "a finite number, 0 or more")
+
+
+def ratio(string: str) -> float:
+    """Parse a ratio of two numbers of channels."""
+    return _number(string, float, lambda value: 0.01 <= value <= 100, "a number in 0.01..100")
+
+
+def pixel_range(string: str) -> float:
+    """Parse the largest value of a pixel."""
+    return _number(string, float, lambda value: 1e-3 <= value <= 65535, "a number in 0.001..65535")
+
+
+def _whole(string, least, most):
+    return _number(string, int, lambda value: least <= value <= most, f"a whole number in {least}..{most}")
+
+
+def _number(string, kind, is_valid, description):
+    try:
+        if not string.isascii() or "_" in string:  # Python reads 1_000 and the digits of other scripts
+            raise ValueError
+        value = kind(string)
+    except ValueError:
+        value = None
+    if value is None or not is_valid(value):
+        raise argparse.ArgumentTypeError(f"{string[:40]!r} is not {description}")
+    return value
+
+
+# ---- lists
+
+def parse_list(string: str) -> list[str]:
+    """Parse '[A,B]', 'A,B' or 'A+B' as ['A', 'B']; the path of an existing file stays whole, whatever is in its name."""
+    if os.path.exists(string):
+        return [string]
+    names = [name.strip() for name in re.split(r"[,+]", string.strip().removeprefix("[").removesuffix("]"))]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{string!r} is not a list such as [A,B] or A+B")
+    return names
+
+
+def parse_once(string: str) -> list[str]:
+    """Parse a list without duplicates."""
+    names = parse_list(string)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise argparse.ArgumentTypeError(f"{string!r}: duplicate {twice}")
+    return names
+
+
+def parse_names(string: str) -> list[str]:
+    """Parse 'DS+TS' as ['DS', 'TS'], and an empty string as an empty list."""
+    return parse_list(string) if string else []
+
+
+def parse_numbers(string: str) -> list[int]:
+    """Parse '[6,6,6]', '6,6,6' or '6+6+6' as [6, 6, 6]."""
+    return [size(word) for word in parse_list(string)]
+
+
+def parse_scales(string: str) -> list[int]:
+    """Parse '2+3+4' as [2, 3, 4]."""
+    scales = parse_numbers(string)
+    if not set(scales) <= set(SCALES) or len(set(scales)) < len(scales):
+        raise argparse.ArgumentTypeError(f"{string!r}: the scales are {', '.join(map(str, SCALES))}, each at most once")
+    return scales
+
+
+def parse_steps(string: str) -> list[int]:
+    """Parse '1000-2000' as [1000, 2000]."""
+    return [positive(word) for word in string.split("-")]
+
+
+def parse_features(string: str) -> list[int]:
+    """Parse '[1,2,3]', numbers of feature maps, as [1, 2, 3]."""
+    words = [word.strip() for word in string.strip().removeprefix("[").removesuffix("]").split(",")]
+    if not all(re.fullmatch("[0-9]+", word) for word in words):
+        raise argparse.ArgumentTypeError(f"{string!r} is not a list such as [1,2,3]")
+    if not set(words) <= set("0123") or len(set(words)) < len(words):
+        raise argparse.ArgumentTypeError(f"{string!r}: there are four feature maps, 0 to 3, each at most once")
+    return [int(word) for word in words]
+
+
+def parse_rdn_config(string: str) -> str:
+    """Parse 'A', 'B' or 'D,C,G', which becomes the name if it has one, as checkpoint files hold it."""
+    config = string.strip("[()] ").replace(" ", "")
+    if config not in RDN_NAMES.values() and not re.fullmatch("[1-9][0-9]{0,4}(,[1-9][0-9]{0,4}){2}", config):
+        raise argparse.ArgumentTypeError(f"{string!r} is neither A, B nor three numbers D,C,G such as 16,8,64")
+    return RDN_NAMES.get(config, config)
+
+
+class Iterations(list):
+    """Steps of --decay that are counted in iterations, not in epochs."""
+
+    def __repr__(self):
+        return "-".join(map(str, self)) + "it"
+
+
+def parse_decay(string: str) -> str | list[int]:
+    """Parse '150-300' as [150, 300], '100000-200000it' as the same in `Iterations`, and 'cosine' as it is."""
+    if string == "cosine":
+        return string
+    words = string.removesuffix("it").split("-")
+    steps = [int(word) for word in words if re.fullmatch("[0-9]{1,18}", word)]
+    if len(steps) < len(words) or min(steps) < 1 or steps != sorted(set(steps)):
+        raise argparse.ArgumentTypeError(f"{string!r} is neither cosine nor rising epochs such as 150-300, or iterations "
+                                         "such as 100000-200000it")
+    return Iterations(steps) if string.endswith("it") else steps
+
+
+def parse_betas(string: str) -> tuple[float, float]:
+    """Parse '0.9,0.999', the coefficients of ADAM's running averages."""
+    try:
+        first, second = (fraction(word.strip()) for word in string.strip("() ").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{string!r} is not a pair such as 0.9,0.999") from None
+    return first, second
+
+
+# ---- the loss string
+
+def parse_loss(string: str, what: str = "loss", item: str = "TERM") -> list[tuple[float, str]]:
+    """Parse '0.5*DS+1e-3*GAN' as [(0.5, 'DS'), (0.001, 'GAN')]; raises ValueError, which calls the string `what`."""
+    terms = []
+    for part in re.split(r"(?<![0-9.][eE])\+", string.replace(" ", "")):
+        match = re.fullmatch(r"(?:([0-9.]+(?:[eE][+-]?[0-9]+)?)\*)?([A-Za-z_]\w*)", part)
+        if not match:
+            raise ValueError(f"{what} {string!r}: {part!r} is not of the form WEIGHT*{item}")
+        try:
+            weight = float(match[1] or 1)
+        except ValueError:
+            weight = math.inf
+        if weight > LARGEST:
+            raise ValueError(f"{what} {string!r}: {match[1]!r} is not a number, or not a finite one")
+        if match[2] in [name for _, name in terms]:
+            raise ValueError(f"{what} {string!r}: duplicate {item.lower()} {match[2]}")
+        terms.append((weight, match[2]))
+    return terms
+
+
+def parse_views(string: str) -> list[tuple[float, str]]:
+    """Parse 'zoom_in+0.5*zoom_out' as [(1, 'zoom_in'), (0.5, 'zoom_out')], without views of weight 0."""
+    try:
+        views = parse_loss(string, "views", "VIEW") if string else []
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+    unknown = next((name for _, name in views if name not in VIEWS), None)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"there is no view {unknown}; there are {', '.join(VIEWS)}")
+    return [(weight, name) for weight, name in views if weight]
+
+
+# ---- paths
+
+def expanded(name: str, value: str | list[str]) -> str | list[str]:
+    """Replace ~ by the home folder in a path, or in each of several; raises ValueError for a user without one."""
+    if isinstance(value, list):
+        return [expanded(name, path) for path in value]
+    path = os.path.expanduser(value or "")
+    if path.startswith("~"):
+        raise ValueError(f"--{name} {value}: there is no home folder {path.split(os.sep)[0]}")
+    return path if value else value
+
+
+def home_path(string: str) -> Path:
+    """Parse a path, with ~ as the home folder."""
+    try:
+        return Path(expanded("", string))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+
+
+def parse_labelled(string: str) -> dict[str, str]:
+    """Parse --ckp_path of several checkpoints, 'LABEL=A+B', as {label: path}; raises UserError.
+
+    The label of a file without one is the shortest end of its path that no other file has.
+    """
+    if not string:
+        return {}
+    try:
+        entries = parse_list(string)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--ckp_path {error}") from None
+    entries = [("", "", entry) if os.path.exists(entry) else entry.rpartition("=") for entry in entries]
+    entries = [(label, os.path.expanduser(path)) for label, _, path in entries]
+    paths = [Path(path).parts for label, path in entries if not label]
+    nets = {}
+    for label, path in entries:
+        parts = Path(path).parts
+        tails = (n for n in range(1, len(parts)) if [other[-n:] for other in paths].count(parts[-n:]) == 1)
+        label = label or os.path.join(*parts[-next(tails, len(parts)):]) if parts else label
+        if label in nets or not parts:
+            raise UserError(f"--ckp_path {string}: " + (f"two files have the label {label}; give each its own, LABEL=FILE"
+                                                        if label in nets else f"{label}= has no file"))
+        nets[label] = path
+    return nets
