@@ -230,7 +230,7 @@ def test_nan_in_a_term_names_the_iteration_and_the_terms(run_main, flags, monkey
     ("--data_train Nowhere", "download_data.sh"),
     ("--data_test Nowhere", "--data_test Sample"),
     ("--patch_size 128", "larger than"),
-    ("--teacher missing.pt", "no such checkpoint"),
+    ("--teacher missing.pt", "no such file"),
     ("--teacher VGG", "--teacher VGG"),
     ("--model UNet --loss 1*DS", "EDSR, RCAN"),
     ("--resume 1", "is not there"),
@@ -309,7 +309,7 @@ def test_comparing_makes_a_table_and_a_picture(run_main, tmp_path, tiny_data):
 def test_a_mistake_on_the_real_command_line_shows_no_traceback():
     ran = subprocess.run([sys.executable, "test.py", "--ckp_path", "missing.pt"], cwd=ROOT / "code", capture_output=True,
                          text=True, check=False)
-    assert ran.returncode == 2 and ran.stderr == "error: missing.pt: no such checkpoint file\n" and not ran.stdout
+    assert ran.returncode == 2 and ran.stderr == "error: missing.pt: no such file\n" and not ran.stdout
 
 
 def test_a_student_may_start_from_a_checkpoint_of_another_scale(run_main, flags, tmp_path):
