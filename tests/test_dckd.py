@@ -227,7 +227,7 @@ def line(tiny_data, tmp_path):
 
 def weights(folder):
     state = torch.load(folder / "state.pt", weights_only=True)
-    return {f"{part}.{name}": value for part in ("student", "loss", "average") for name, value in state[part].items()}
+    return {f"{part}.{name}": value for part in ("student", "loss", "ema") for name, value in state[part].items()}
 
 
 def test_a_run_of_all_terms_of_DCKD_resumes_exactly(run_main, monkeypatch, line, tmp_path):

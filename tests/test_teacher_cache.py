@@ -115,7 +115,7 @@ def test_its_loss_is_about_that_of_a_teacher_in_the_loop(run_main, flags, teache
 
 
 @pytest.mark.parametrize("more, expected, words", [
-    ("--loss 1*DS+1*TS+1*LC", [(4, 12, 12)], "the teacher still runs for LC (plain)"),
+    ("--loss 1*DS+1*TS+1*LC", [(4, 12, 12)], "the teacher still runs for LC (original batch)"),
     ("--loss 1*DS+1*TS --upcycle zoom_in", [(4, 12, 12)], "the teacher still runs for TS (zoom_in)"),
     ("--loss 1*DS+1*TS --upcycle zoom_in+zoom_out --n_zoom_in 2", [(8, 12, 12), (4, 6, 6)],
      "the teacher still runs for TS (zoom_in), TS (zoom_out)"),
@@ -129,7 +129,7 @@ def test_what_needs_more_runs_the_teacher_and_is_named(run_main, flags, teacher,
 def test_where_it_spares_nothing_nothing_is_built(run_main, flags, teacher, calls, root):  # noqa: F811
     status, out, _ = run_main("train", flags + f"--teacher {teacher} --loss 1*DS+1*TS+1*SA --cache_teacher")
     assert status == 0 and calls == [(4, 12, 12)] * 3 and not outputs(root)
-    assert any("spares nothing here: the teacher runs on every batch for SA (plain)" in line for line in out)
+    assert any("spares nothing here: the teacher runs on every batch for SA (original batch)" in line for line in out)
 
 
 def test_an_interrupted_build_goes_on_where_it_was(run_main, flags, teacher, calls, root, monkeypatch):  # noqa: F811
