@@ -1,0 +1,68 @@
+"""The training step as a module: what it returns, and that it can be wrapped as one."""
+import loss
+import option
+import pytest
+import torch
+from data.views import plan
+from distiller import build_distiller
+from model.edsr import EDSR
+from model.rcan import RCAN
+
+SMALL = dict(n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4)
+FLAGS = "--scale 2 --patch_size 16 --loss 1*DS+1*TS+10*SA --upcycle zoom_in+zoom_out --label_consistency 0.5 "
+
+
+def make_distiller(more="", teachers=1):
+    torch.manual_seed(0)
+    args = option.parse((FLAGS + more).split())
+    student, *others = RCAN(2, **SMALL), *(EDSR(2, n_resblocks=3, n_feats=12) for _ in range(teachers))
+    criterion = loss.build_loss(args.loss, loss.Context(args, student, others, views=plan(args)))
+    return build_distiller(args, student, others, criterion)
+
+
+def batch():
+    return tuple(torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8) for side in (8, 16))
+
+
+def step(module, *tensors):
+    """Run forward and backward with the same random numbers; return what forward returned."""
+    torch.manual_seed(3)
+    total, values, inputs = module(*tensors)
+    total.backward()
+    return total, values, inputs
+
+
+def test_a_step_returns_the_loss_its_terms_and_detached_inputs():
+    distiller = make_distiller()
+    total, values, inputs = step(distiller, *batch())
+    assert total.item() == pytest.approx(values.sum().item()) and not values.requires_grad
+    assert inputs.view == "original" and inputs.student.sr.shape == (4, 3, 16, 16)
+    assert not inputs.student.sr.requires_grad and not inputs.student.features and not inputs.teacher.features
+
+
+def test_the_student_is_trained_and_teachers_are_not():
+    distiller = make_distiller(teachers=2)
+    step(distiller, *batch())
+    trained = set(distiller.trainable_parameters())
+    assert trained == {p for p in distiller.student.parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained)
+    assert not any(p.requires_grad for p in distiller.teachers.parameters())
+    distiller.train()
+    assert distiller.student.training and not any(net.training for net in distiller.teachers)
+
+
+def test_cached_teacher_outputs_take_the_place_of_the_teacher(monkeypatch):
+    distiller = make_distiller("--loss 1*TS --upcycle= --label_consistency 0")
+    lr, hr = batch()
+    monkeypatch.setattr(distiller.teachers[0], "forward", None)
+    _, _, inputs = step(distiller, lr, hr, torch.full((4, 3, 16, 16), 128 * 10, dtype=torch.int16))
+    assert (inputs.teacher.sr == 138).all()  # 128 + 10, in the fixed point of data/teacher_cache.py
+
+
+def test_torch_compile_wraps_it():
+    tensors, found = batch(), []
+    for wrap in (lambda module: module, lambda module: torch.compile(module, backend="eager")):
+        distiller = make_distiller()
+        total, values, _ = step(wrap(distiller), *tensors)
+        found.append([total, values, *(parameter.grad for parameter in distiller.trainable_parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found))
