@@ -85,8 +85,8 @@ def make_parser() -> Parser:
     group.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     group.add_argument("--gpu_id", type=natural, default=0, help="index of the GPU to use")
     group.add_argument("--n_GPUs", type=processes, default=1,
-                       help="number of training processes on this machine, one per GPU (with --cpu: on the CPU), which divide "
-                            "each batch among them; for several machines use torchrun")
+                       help="number of training processes on this machine, one per GPU (with --cpu: on the CPU), which "
+                            "divide each batch among them; for several machines use torchrun")
     group.add_argument("--n_threads", type=processes_or_none, default=2,
                        help="number of data loading processes; 0 loads in the main process")
     group.add_argument("--precision", choices=("single", "half", "bf16"), default="single",
@@ -117,11 +117,11 @@ def make_parser() -> Parser:
     group.add_argument("--patch_size", type=size, default=192, help="side of the training crops in HR pixels")
     group.add_argument("--no_augment", action="store_true", help="disable random flips and transposes of the crops")
     group.add_argument("--rgb_range", type=pixel_range, default=255,
-                       help="maximum pixel value in the losses; the weights in the papers of DUKD, DCKD and MCADKD are for 1, "
-                            "those of the presets for 255")
+                       help="maximum pixel value in the losses; the weights in the papers of DUKD, DCKD and MCADKD are for "
+                            "1, those of the presets for 255")
 
-    group = parser.add_argument_group("networks", "Sizes that are not given are those of the checkpoint, or else those of the "
-                                                  "published student.")
+    group = parser.add_argument_group("networks", "Sizes that are not given are those of the checkpoint, or else those of "
+                                                  "the published student.")
     group.add_argument("--template", default="",
                        help="presets A+B, sets of flags that flags on the command line override: " + ", ".join(TEMPLATES))
     group.add_argument("--model", default="RCAN", help="architecture of the student: " + ", ".join(NETWORKS))
@@ -182,8 +182,8 @@ def make_parser() -> Parser:
 
     group = parser.add_argument_group("data upcycling (DUKD) and cached teacher outputs")
     group.add_argument("--upcycle", type=parse_views, default="",
-                       help="additional weighted inputs made from each batch, such as 1*zoom_in+1*zoom_out. zoom_in: crops of "
-                            "HR, as large as LR, without ground truth; zoom_out: downscaled LR, with LR as ground truth")
+                       help="additional weighted inputs made from each batch, such as 1*zoom_in+1*zoom_out. zoom_in: crops "
+                            "of HR, as large as LR, without ground truth; zoom_out: downscaled LR, with LR as ground truth")
     group.add_argument("--n_zoom_in", type=repeats, default=1, help="number of zoom_in crops per image")
     group.add_argument("--view_terms", type=parse_names, default="",
                        help="terms A+B of the loss to compute on the inputs of --upcycle (default: all that compare no "
@@ -195,7 +195,7 @@ def make_parser() -> Parser:
                        help="compute the teacher's output once for each whole training image, keep it in the data cache (6 "
                             "bytes per HR pixel), and train with crops of it, instead of running the teacher on each crop. "
                             "This is an approximation: near the border of a crop, and for flipped or transposed crops, the "
-                            "two outputs differ. The teacher still runs for terms and inputs for which that does not suffice")
+                            "two outputs differ. The teacher still runs for terms and inputs that need more")
 
     group = parser.add_argument_group("contrastive, distributional and adversarial terms of the loss")
     group.add_argument("--feature_net", choices=("released", "random"), default="released",
