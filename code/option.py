@@ -1,10 +1,12 @@
-"""Every flag of train.py and test.py. Imports no torch, so that --help is instant."""
+"""The flags of train.py, test.py, compare.py and summary.py. Imports no torch, so that --help is instant."""
 import argparse
 import difflib
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path, PurePath
+from typing import NoReturn
 
 import config
 
@@ -52,7 +54,9 @@ PATHS = "dir_data", "dir_demo", "dir_cache", "vgg_path", "vqgan_path", "pre_trai
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    """Parser that reports a mistake in one line on stderr, suggests the nearest flag, and exits with status 2."""
+
+    def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7)
         if near:
@@ -61,7 +65,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Leaves out defaults that say nothing."""
+    """Formatter that leaves out empty defaults."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False or action.default == "":
@@ -69,194 +73,224 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def make_parser():
-    parser = Parser(description="Distil a large super-resolution network into a small one, score it, use it. "
-                                "@FILE reads flags from a file, one on a line; config.txt of a run is such a file.",
-                    allow_abbrev=False, formatter_class=Help)
+def make_parser() -> Parser:
+    """Build the parser of the flags that train.py, test.py, compare.py and summary.py share."""
+    parser = Parser(usage="%(prog)s [@FILE] [--FLAG VALUE ...]", allow_abbrev=False, formatter_class=Help,
+                    description="Knowledge distillation for super-resolution. train.py trains a student network, test.py "
+                                "computes PSNR and SSIM or upscales images, compare.py compares networks, summary.py counts "
+                                "parameters and FLOPs. All accept the flags below. @FILE reads flags from a file, one per "
+                                "line, such as the config.txt of a run.")
 
-    group = parser.add_argument_group("machine")
-    group.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
-    group.add_argument("--gpu_id", type=natural, default=0, help="which GPU to use")
+    group = parser.add_argument_group("device")
+    group.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    group.add_argument("--gpu_id", type=natural, default=0, help="index of the GPU to use")
     group.add_argument("--n_GPUs", type=processes, default=1,
-                       help="train in so many processes on this machine, one for each GPU (with --cpu, so many on the CPU), "
-                            "that divide each batch among them; torchrun does the same on several machines")
+                       help="number of training processes on this machine, one per GPU (with --cpu: on the CPU), which "
+                            "divide each batch among them; for several machines use torchrun")
     group.add_argument("--n_threads", type=processes_or_none, default=2,
-                       help="processes that load training data; 0 loads in the main one")
+                       help="number of data loading processes; 0 loads in the main process")
     group.add_argument("--precision", choices=("single", "half", "bf16"), default="single",
-                       help="of the networks' arithmetic; weights and losses stay float32")
+                       help="floating-point format of the forward passes (automatic mixed precision); weights and losses "
+                            "remain float32")
     group.add_argument("--compile", action="store_true",
-                       help="train with networks compiled by torch.compile: a minute at the start, faster after, above all "
-                            "on GPUs; a network that cannot be compiled runs as it is")
-    group.add_argument("--seed", type=seed, default=1, help="of weights, data order, crops and augmentation")
+                       help="compile the networks with torch.compile for training: a later start, then faster iterations, "
+                            "mainly on GPUs")
+    group.add_argument("--seed", type=seed, default=1,
+                       help="random seed of initial weights, data order, crops and augmentation")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--dir_data", default=str(ROOT / "dataset"), help="folder that holds the datasets")
+    group.add_argument("--dir_data", default=str(ROOT / "dataset"), help="folder that contains the datasets")
     group.add_argument("--data_train", type=parse_list, default="DIV2K",
-                       help="training sets, A+B: Sample, DIV2K, or a folder DIR_DATA/A/HR")
+                       help="training sets A+B: DIV2K, Sample (photos that come with scikit-image), or the name of a folder "
+                            "with images in DIR_DATA/NAME/HR")
     group.add_argument("--data_test", type=parse_once, default="Set5+Set14+B100+Urban100",
-                       help="test sets, A+B: Sample, DIV2K, a folder DIR_DATA/benchmark/A/HR or DIR_DATA/A/HR, or Demo")
-    group.add_argument("--dir_demo", default=str(ROOT / "demo"), help="folder of your own images for --data_test Demo")
-    group.add_argument("--data_range", default="1-800/801-810", help="DIV2K images, train/test")
+                       help="test sets A+B: DIV2K, Sample, the name of a folder with images in DIR_DATA/benchmark/NAME/HR "
+                            "or DIR_DATA/NAME/HR, or Demo (images of --dir_demo, upscaled without ground truth)")
+    group.add_argument("--dir_demo", default=str(ROOT / "demo"), help="folder with the images of --data_test Demo")
+    group.add_argument("--data_range", default="1-800/801-810",
+                       help="first and last DIV2K image for training / for testing")
     group.add_argument("--ext", choices=("sep", "img"), default="sep",
-                       help="sep: decode each image once into a memory-mapped cache; img: read the files every time")
+                       help="sep: decode each image file once and keep the pixels in a cache; img: decode it at each use")
     group.add_argument("--dir_cache", default="",
-                       help="folder of that cache (default: beside the data, or experiment/cache where that is read-only)")
+                       help="folder of the cache (default: next to the data, or experiment/cache if that is read-only)")
     group.add_argument("--scale", type=int, choices=(2, 3, 4, 8), default=4, help="upscaling factor")
-    group.add_argument("--patch_size", type=size, default=192, help="side of the training crops, in HR pixels")
-    group.add_argument("--no_augment", action="store_true", help="no flips and transposes of the crops")
+    group.add_argument("--patch_size", type=size, default=192, help="side of the training crops in HR pixels")
+    group.add_argument("--no_augment", action="store_true", help="disable random flips and transposes of the crops")
     group.add_argument("--rgb_range", type=pixel_range, default=255,
-                       help="images reach the losses in [0, this]; published weights of DUKD, DCKD and MCADKD are for 1")
+                       help="maximum pixel value in the losses; the weights in the papers of DUKD, DCKD and MCADKD are for "
+                            "1, those of the presets for 255")
 
-    group = parser.add_argument_group("networks (sizes left out: the file's, or those of the published student)")
-    group.add_argument("--template", default="", help="presets, A+B, that explicit flags override: " + ", ".join(TEMPLATES))
-    group.add_argument("--model", default="RCAN", help="the student: " + ", ".join(NETWORKS))
+    group = parser.add_argument_group("networks", "Sizes that are not given are those of the checkpoint, or else those of "
+                                                  "the published student.")
+    group.add_argument("--template", default="",
+                       help="presets A+B, sets of flags that flags on the command line override: " + ", ".join(TEMPLATES))
+    group.add_argument("--model", default="RCAN", help="architecture of the student: " + ", ".join(NETWORKS))
     group.add_argument("--teacher", type=parse_list, default=None,
-                       help="[A,B]: names of networks found in teacher_checkpoint/, or checkpoint files; of several, one "
-                            "drawn per batch (default: the student's network)")
-    group.add_argument("--n_resgroups", type=size, help="residual groups of RCAN and SAN")
-    group.add_argument("--n_resblocks", type=size, help="residual blocks of EDSR, and of each group of RCAN and SAN")
-    group.add_argument("--n_feats", type=size, help="channels, of all but RDN (SwinIR's embed_dim)")
-    group.add_argument("--reduction", type=size, help="channels per squeezed channel in attention of RCAN and SAN")
-    group.add_argument("--res_scale", type=not_negative, help="factor of EDSR's residual branches")
-    group.add_argument("--n_inner", type=size, help="channels of SAN's non-local block")
-    group.add_argument("--n_modules", type=size, help="distillation modules of IMDN")
-    group.add_argument("--G0", type=size, help="channels of RDN")
-    group.add_argument("--RDNkSize", type=kernel, help="kernel of RDN's convolutions outside of its blocks")
+                       help="teacher: a checkpoint file, or the name of a network in teacher_checkpoint/. With several, "
+                            "[A,B], one is drawn at random for each batch (default: the network named by --model)")
+    group.add_argument("--n_resgroups", type=size, help="number of residual groups (RCAN, SAN)")
+    group.add_argument("--n_resblocks", type=size,
+                       help="number of residual blocks (EDSR), or of residual blocks per group (RCAN, SAN)")
+    group.add_argument("--n_feats", type=size, help="number of feature channels (all but RDN; embed_dim of SwinIR)")
+    group.add_argument("--reduction", type=size, help="channel reduction factor of channel attention (RCAN, SAN)")
+    group.add_argument("--res_scale", type=not_negative, help="residual scaling factor (EDSR)")
+    group.add_argument("--n_inner", type=size, help="number of channels in the non-local block (SAN)")
+    group.add_argument("--n_modules", type=size, help="number of information multi-distillation blocks (IMDN)")
+    group.add_argument("--G0", type=size, help="number of feature channels outside of the dense blocks (RDN)")
+    group.add_argument("--RDNkSize", type=kernel, help="kernel size outside of the dense blocks (RDN)")
     group.add_argument("--RDNconfig", type=parse_rdn_config,
-                       help="A or B of RDN's paper, or D,C,G: D blocks of C convolutions that add G channels each")
-    group.add_argument("--group", type=size, help="groups of CARN's convolutions; CARN_M has 4")
+                       help="A or B of the RDN paper, or D,C,G: D dense blocks of C convolutions with growth rate G (RDN)")
+    group.add_argument("--group", type=size, help="number of groups of the grouped convolutions (CARN: 1, CARN_M: 4)")
     group.add_argument("--multi_scale", type=parse_scales,
-                       help="scales that CARN has a tail for, such as 2+3+4; --scale is the one in use")
-    group.add_argument("--depths", type=parse_numbers, help="blocks of each of SwinIR's groups, such as [6,6,6,6]")
-    group.add_argument("--num_heads", type=parse_numbers, help="attention heads in each of SwinIR's groups, as many")
-    group.add_argument("--window_size", type=window, help="side of SwinIR's windows, in LR pixels")
-    group.add_argument("--mlp_ratio", type=ratio, help="hidden channels per channel in SwinIR's MLPs")
+                       help="scales of a multi-scale CARN, such as 2+3+4, one of which is --scale")
+    group.add_argument("--depths", type=parse_numbers,
+                       help="number of transformer layers in each residual group, such as [6,6,6,6] (SwinIR)")
+    group.add_argument("--num_heads", type=parse_numbers,
+                       help="number of attention heads in each residual group, such as [6,6,6,6] (SwinIR)")
+    group.add_argument("--window_size", type=window, help="side of the attention windows in LR pixels (SwinIR)")
+    group.add_argument("--mlp_ratio", type=ratio, help="ratio of hidden to input channels of the MLPs (SwinIR)")
     group.add_argument("--upsampler", choices=("pixelshuffle", "pixelshuffledirect", "nearest+conv"),
-                       help="SwinIR's: classical, lightweight, real-world")
-    group.add_argument("--resi_connection", choices=("1conv", "3conv"), help="convolutions that end SwinIR's groups")
-    group.add_argument("--img_range", type=positive_number, help="range that SwinIR brings images to inside")
+                       help="upsampler of the classical, lightweight or real-world variant, in this order (SwinIR)")
+    group.add_argument("--resi_connection", choices=("1conv", "3conv"),
+                       help="convolutions at the end of each residual group (SwinIR)")
+    group.add_argument("--img_range", type=positive_number,
+                       help="maximum pixel value inside the network, to which its input is rescaled (SwinIR)")
     group.add_argument("--width_mult", type=positive_number,
-                       help="the student is this part of the teacher's channels and shares its weights; in test.py: score "
-                            "that slice of the file")
+                       help="train the first channels of the teacher, this fraction of them, as the student, which shares "
+                            "its weights with the teacher (CSD); test.py: test that part of the network")
     group.add_argument("--init_from_teacher", action="store_true",
-                       help="the student starts from the teacher's weights: of the first channels and, with fewer blocks, "
-                            "of blocks evenly spaced from the first to the last")
-    group.add_argument("--pre_train", default="", help="checkpoint whose weights the student starts from")
+                       help="initialise the student with weights of the teacher: the first channels of evenly spaced blocks")
+    group.add_argument("--pre_train", default="", help="checkpoint file that initialises the student")
 
-    group = parser.add_argument_group("distillation")
-    group.add_argument("--loss", default="", help="weighted terms, such as 0.5*DS+0.5*TS+10*SA; replaces the next three")
-    group.add_argument("--alpha", type=probability, default=0.5, help="weight of TS; DS gets 1 - alpha")
-    group.add_argument("--feature_loss_used", type=int, choices=(0, 1), default=1, help="0 turns the feature terms off")
-    group.add_argument("--feature_distilation_type", "--feature_distillation_type", default="10*SA",
-                       help="weighted feature terms: SA, CA, IA, FSP, AT, fitnet, PSA, MMD, RBF")
+    group = parser.add_argument_group("loss", "Terms of the loss, with S the student's output and T the teacher's: DS is "
+                                              "L1(S, HR), TS is L1(S, T); README.md lists all terms.")
+    group.add_argument("--loss", default="",
+                       help="weighted sum of terms, such as 0.5*DS+0.5*TS+10*SA; replaces the next three flags")
+    group.add_argument("--alpha", type=probability, default=0.5, help="weight of TS; the weight of DS is 1 - alpha")
+    group.add_argument("--feature_loss_used", type=int, choices=(0, 1), default=1,
+                       help="1 adds the terms of --feature_distilation_type to the loss, 0 does not")
+    group.add_argument("--feature_distilation_type", "--feature_distillation_type", default="10*SA", metavar="TERMS",
+                       help="weighted terms of feature distillation: SA, CA, IA, FSP, AT, fitnet, PSA, MMD, RBF")
     group.add_argument("--features", type=parse_features, default="[1,2,3]",
-                       help="maps that feature terms compare: 0 head, 1 and 2 in the body, 3 its end")
-    group.add_argument("--pool_size", type=size, default=1, help="pooling of PSA, MMD and RBF")
-    group.add_argument("--pool_type", choices=("max", "avg"), default="max", help="pooling of PSA, MMD and RBF")
-    group.add_argument("--P", type=order, default=2, help="order of RBF's Taylor series")
-    group.add_argument("--rbf_gamma", type=positive_number, default=5, help="gamma of RBF")
+                       help="feature maps that these terms compare: 0 after the head, 1 and 2 at a third and two thirds of "
+                            "the body, 3 at its end")
+    group.add_argument("--pool_size", type=size, default=1,
+                       help="kernel size and stride of the pooling of feature maps (PSA, MMD, RBF)")
+    group.add_argument("--pool_type", choices=("max", "avg"), default="max", help="type of that pooling (PSA, MMD, RBF)")
+    group.add_argument("--P", type=order, default=2, help="order of the Taylor series of the Gaussian kernel (RBF)")
+    group.add_argument("--rbf_gamma", type=positive_number, default=5, help="gamma of the Gaussian kernel (RBF)")
 
-    group = parser.add_argument_group("views of a batch, what the student sees of it, and a teacher asked once")
+    group = parser.add_argument_group("data upcycling (DUKD) and cached teacher outputs")
     group.add_argument("--upcycle", type=parse_views, default="",
-                       help="inputs made from the batch as further, weighted views of it, such as 1*zoom_in+1*zoom_out: "
-                            "zoom_in, tiles of HR in LR's size, without a truth; zoom_out, LR downscaled by --scale, whose "
-                            "truth is LR")
-    group.add_argument("--n_zoom_in", type=repeats, default=1, help="tiles of zoom_in per image")
+                       help="additional weighted inputs made from each batch, such as 1*zoom_in+1*zoom_out. zoom_in: crops "
+                            "of HR, as large as LR, without ground truth; zoom_out: downscaled LR, with LR as ground truth")
+    group.add_argument("--n_zoom_in", type=repeats, default=1, help="number of zoom_in crops per image")
     group.add_argument("--view_terms", type=parse_names, default="",
-                       help="terms that look at these views too, A+B; left out: all that can, but those that compare maps")
+                       help="terms A+B of the loss to compute on the inputs of --upcycle (default: all that compare no "
+                            "feature maps; terms that need ground truth are omitted where there is none)")
     group.add_argument("--label_consistency", type=probability, default=0,
-                       help="probability of each of four operations (inverted colours, two flips, transpose) on an image "
-                            "that the student sees; its output is mapped back (0.3 in DUKD)")
+                       help="probability of each of four transforms (colour inversion, horizontal flip, vertical flip, "
+                            "transpose) of the student's input, which are undone on its output; DUKD: 0.3")
     group.add_argument("--cache_teacher", action="store_true",
-                       help="ask each teacher once for each whole training image, in --precision, and keep the answers in "
-                            "the data's cache (6 bytes per HR pixel), in place of its outputs for the crops; where terms or "
-                            "views need more, it runs for them. An approximation: near a crop's border the answer knows "
-                            "what lies beyond, and that to a flipped or transposed crop is that to the image, flipped")
+                       help="compute the teacher's output once for each whole training image, keep it in the data cache (6 "
+                            "bytes per HR pixel), and train with crops of it, instead of running the teacher on each crop. "
+                            "This is an approximation: near the border of a crop, and for flipped or transposed crops, the "
+                            "two outputs differ. The teacher still runs for terms and inputs that need more")
 
-    group = parser.add_argument_group("contrastive, distributional and adversarial terms")
+    group = parser.add_argument_group("contrastive, distributional and adversarial terms of the loss")
     group.add_argument("--feature_net", choices=("released", "random"), default="released",
-                       help="of VGG, CSD, DCR, DMM: the released VGG-19 and VQGAN, or untrained ones, for trying things out")
+                       help="weights of VGG-19 and VQGAN in the terms VGG, CSD, DCR and DMM: the released files, or random "
+                            "ones for trials without these files")
     group.add_argument("--vgg_path", default=str(ROOT / "teacher_checkpoint" / "vgg19-dcbb9e9d.pth"),
-                       help="VGG-19 of VGG and CSD")
+                       help="checkpoint file of VGG-19 (VGG, CSD)")
     group.add_argument("--vqgan_path", default=str(ROOT / "teacher_checkpoint" / "vqgan_f16_1024.ckpt"),
-                       help="VQGAN f16-1024 of DCR and DMM")
-    group.add_argument("--d_func", choices=("L1", "cos"), default="L1", help="distance of CSD")
-    group.add_argument("--neg_num", type=size, default=10, help="negatives of CSD, other images of the batch")
-    group.add_argument("--t_l_remove", type=natural, default=400, help="epoch after which T_DS ends")
-    group.add_argument("--lc_p", type=probability, default=0.5, help="probability of each of LC's four operations")
+                       help="checkpoint file of the VQGAN f16-1024 (DCR, DMM)")
+    group.add_argument("--d_func", choices=("L1", "cos"), default="L1", help="distance between VGG-19 features (CSD)")
+    group.add_argument("--neg_num", type=size, default=10,
+                       help="number of negatives per image, which are other LR images of the batch (CSD)")
+    group.add_argument("--t_l_remove", type=natural, default=400, help="number of epochs with the term T_DS")
+    group.add_argument("--lc_p", type=probability, default=0.5,
+                       help="probability of each of the four transforms, here of the teacher's input (LC)")
     group.add_argument("--dcr_negatives", type=repeats_or_none, default=4,
-                       help="degraded inputs of DCR's history model, beside LR")
-    group.add_argument("--dcr_noise", type=probability, default=1, help="probability of noise in them")
-    group.add_argument("--dcr_blur", type=probability, default=0, help="probability of blur in them")
-    group.add_argument("--dcr_resize", type=probability, default=0, help="probability of resizing and back in them")
+                       help="number of degraded copies of LR whose outputs of the history model are negatives (DCR)")
+    group.add_argument("--dcr_noise", type=probability, default=1, help="probability of noise in the degraded copies (DCR)")
+    group.add_argument("--dcr_blur", type=probability, default=0, help="probability of blur in the degraded copies (DCR)")
+    group.add_argument("--dcr_resize", type=probability, default=0,
+                       help="probability of downscaling and upscaling the degraded copies (DCR)")
     group.add_argument("--history_every", type=parse_steps, default="1000-2000-3000",
-                       help="iterations between updates of DCR's history model, in the first, second, ... 100,000")
+                       help="iterations between updates of the history model, in the first, second, ... 100,000 iterations "
+                            "(DCR)")
     group.add_argument("--nce_type", choices=("hybrid", "image", "patch"), default="hybrid",
-                       help="embeddings that NCE compares")
+                       help="embeddings to compare: of whole images, of patches, or both (NCE)")
     group.add_argument("--nce_mining", choices=("hard", "all"), default="hard",
-                       help="NCE's negatives: the more similar half, or all")
+                       help="negatives: the more similar half of the candidates, or all of them (NCE)")
     group.add_argument("--nce_denominator", choices=("negatives", "standard"), default="negatives",
-                       help="NCE's normalisation: over the negatives, as published, or over the positive as well")
-    group.add_argument("--nce_patches", type=repeats, default=8, help="crops per image of NCE's patch embedding")
-    group.add_argument("--nce_patch_size", type=size, default=48, help="their side in HR pixels")
-    group.add_argument("--gan_type", choices=("GAN", "LSGAN", "RGAN", "WGAN", "WGAN_GP"), default="GAN", help="kind of GAN")
-    group.add_argument("--gan_k", type=repeats, default=1, help="steps of GAN's discriminator per iteration")
-    group.add_argument("--gan_lr", type=positive_number, default=1e-4, help="its learning rate")
+                       help="denominator of InfoNCE: the negatives alone, as published, or the positive as well (NCE)")
+    group.add_argument("--nce_patches", type=repeats, default=8, help="number of patches per image (NCE)")
+    group.add_argument("--nce_patch_size", type=size, default=48, help="side of the patches in HR pixels (NCE)")
+    group.add_argument("--gan_type", choices=("GAN", "LSGAN", "RGAN", "WGAN", "WGAN_GP"), default="GAN",
+                       help="adversarial loss (GAN)")
+    group.add_argument("--gan_k", type=repeats, default=1, help="discriminator steps per iteration (GAN)")
+    group.add_argument("--gan_lr", type=positive_number, default=1e-4, help="learning rate of the discriminator (GAN)")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive, default=200, help="epochs to train")
-    group.add_argument("--test_every", type=positive, default=1000, help="batches per epoch; an epoch ends with a test")
-    group.add_argument("--batch_size", type=size, default=16, help="crops per batch")
+    group.add_argument("--epochs", type=positive, default=200, help="number of epochs")
+    group.add_argument("--test_every", type=positive, default=1000,
+                       help="iterations per epoch; the student is tested and saved after each epoch")
+    group.add_argument("--batch_size", type=size, default=16, help="crops per batch, in all processes together")
     group.add_argument("--split_batch", type=size, default=1,
-                       help="parts that a batch is divided into, whose gradients are added up: less memory; terms that "
-                            "compare the images of a batch (IA, CSD, NCE) see those of a part")
+                       help="divide each batch into this many parts and accumulate their gradients, to save memory; terms "
+                            "that compare the images of a batch (IA, CSD, NCE) then compare those of a part")
     group.add_argument("--optimizer", choices=("ADAM", "SGD", "RMSprop"), default="ADAM", help="optimiser")
     group.add_argument("--lr", type=positive_number, default=1e-4, help="learning rate")
     group.add_argument("--decay", type=parse_decay, default="150-300-450-600",
-                       help="epochs, or iterations such as 100000-200000it, after which the rate is multiplied by gamma; or "
-                            "cosine: to 0 over all epochs")
-    group.add_argument("--warmup", type=natural, default=0, help="first iterations, over which the rate rises to --lr")
-    group.add_argument("--gamma", type=decay_factor, default=0.5, help="factor of step decay")
-    group.add_argument("--momentum", type=fraction, default=0.9, help="of SGD and RMSprop")
-    group.add_argument("--betas", type=parse_betas, default="0.9,0.999", help="of ADAM")
-    group.add_argument("--epsilon", type=positive_number, default=1e-8, help="of ADAM and RMSprop")
-    group.add_argument("--weight_decay", type=not_negative, default=0, help="L2 penalty of the weights")
-    group.add_argument("--gclip", type=not_negative, default=0, help="clip the gradient's norm to this; 0: not at all")
-    group.add_argument("--ema", type=fraction, default=0, help="decay of the student's moving average, which is then "
-                       "what is tested and saved (0.999 in DUKD and DCKD); 0: none")
-    group.add_argument("--print_every", type=positive, default=100, help="batches between lines of the log")
+                       help="epochs, or iterations such as 100000-200000it, at which the learning rate is multiplied by "
+                            "--gamma; or cosine: cosine annealing to 0")
+    group.add_argument("--warmup", type=natural, default=0,
+                       help="number of iterations at the start over which the learning rate rises linearly")
+    group.add_argument("--gamma", type=decay_factor, default=0.5, help="factor of the learning rate at each step of --decay")
+    group.add_argument("--momentum", type=fraction, default=0.9, help="momentum of SGD and RMSprop")
+    group.add_argument("--betas", type=parse_betas, default="0.9,0.999", help="betas of ADAM")
+    group.add_argument("--epsilon", type=positive_number, default=1e-8, help="epsilon of ADAM and RMSprop")
+    group.add_argument("--weight_decay", type=not_negative, default=0, help="weight decay (L2 penalty)")
+    group.add_argument("--gclip", type=not_negative, default=0, help="maximum norm of the gradient; 0 does not clip it")
+    group.add_argument("--ema", type=fraction, default=0,
+                       help="decay of the exponential moving average of the student's weights, which is then tested and "
+                            "saved in their place (DUKD, DCKD: 0.999); 0 disables it")
+    group.add_argument("--print_every", type=positive, default=100, help="iterations between lines of the training log")
 
     group = parser.add_argument_group("experiment")
-    group.add_argument("--ckp_dir", default="first_try", help="folder of the run, under experiment/")
+    group.add_argument("--ckp_dir", default="first_try", help="name of the run, a folder in experiment/ for its results")
     group.add_argument("--resume", type=lambda word: int(word) if word in ("0", "1") else word, choices=(0, 1, "auto"),
-                       default=0, help="1 continues the run in --ckp_dir exactly; auto does so if there is one, and else "
-                                       "starts it")
-    group.add_argument("--reset", action="store_true", help="replace a run that --ckp_dir already holds")
+                       default=0, help="1: continue the run in --ckp_dir; auto: continue it if it exists, else start it")
+    group.add_argument("--reset", action="store_true", help="replace the run in --ckp_dir, if there is one, by a new run")
     group.add_argument("--save_every", type=not_negative, default=60,
-                       help="seconds between saves of the state to resume from")
-    group.add_argument("--save_models", action="store_true", help="keep the model of every epoch")
-    group.add_argument("--save_results", action="store_true", help="write the upscaled test images")
-    group.add_argument("--save_gt", action="store_true", help="with --save_results, write LR and HR beside them")
+                       help="seconds between saves of the training state, from which --resume continues")
+    group.add_argument("--save_models", action="store_true", help="keep the model of each epoch, not only best and latest")
+    group.add_argument("--save_results", action="store_true", help="save the upscaled test images")
+    group.add_argument("--save_gt", action="store_true", help="save LR and HR images too, with --save_results")
 
     group = parser.add_argument_group("testing")
-    group.add_argument("--ckp_path", default="", help="checkpoint to score; network, sizes and scale are read from it")
+    group.add_argument("--ckp_path", default="",
+                       help="checkpoint file to test, whose architecture, sizes and scale are detected; compare.py, "
+                            "summary.py: several, LABEL=FILE+LABEL=FILE")
     group.add_argument("--TS", choices=("T", "S"), default="S",
-                       help="what to score: S the student in --ckp_path; T the teacher there, or else the one found for "
-                            "--teacher, --scale")
-    group.add_argument("--chop", action="store_true", help="upscale large images in tiles, in bounded memory")
+                       help="test the student (S) or the teacher (T), whose checkpoint is --ckp_path, or for T without "
+                            "--ckp_path that of --teacher")
+    group.add_argument("--chop", action="store_true", help="upscale large images in overlapping tiles, to save memory")
     group.add_argument("--chop_mem", type=positive_number,
-                       help="GB (10^9 bytes) that tiles of --chop may take while they are computed (default: half of what "
-                            "is free; 1 for networks that look at the whole image, whose results depend on it)")
-    group.add_argument("--self_ensemble", action="store_true", help="average over the 8 flips and transposes")
+                       help="memory limit of --chop in GB (10^9 bytes) (default: half of the free memory; 1 for networks "
+                            "with global operations, whose results depend on the tiles)")
+    group.add_argument("--self_ensemble", action="store_true", help="average the outputs for 8 flips and transposes (EDSR+)")
     return parser
 
 
-def parse(argv=None, training=True):
-    """Namespace of all flags, from sys.argv where argv is None; a mistake prints one line and exits with status 2.
+def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.Namespace:
+    """Parse the flags of a command line, by default sys.argv; exits with one line and status 2 on a mistake.
 
-    Beyond the flags: `given`, the names of those that were given explicitly (where nothing is trained, width_mult also if a
-    preset says it: it is what to score); `loss`, the loss string, whichever flags said it. `data_train`, `data_test` and
-    `teacher` are lists, and ~ in paths is expanded.
+    Beside the flags the namespace has `given`, a frozenset of the names of flags that are on the command line or in an @FILE
+    (without `training` also width_mult of a preset, as it selects the part of the network to test). `loss` is the loss
+    string also where it follows from --alpha and the flags after it. Paths have ~ expanded.
     """
     parser = make_parser()
     try:
@@ -271,20 +305,20 @@ def parse(argv=None, training=True):
     names = given["template"].split("+") if given.get("template") else []
     for name in names:
         if name not in TEMPLATES:
-            parser.error(f"--template {given['template']}: {name!r} is no preset; there are {', '.join(TEMPLATES)}")
-    preset = joined(names)
+            parser.error(f"--template {given['template']}: {name!r} is not a preset; the presets are {', '.join(TEMPLATES)}")
+    preset = join_presets(names)
     argv_of_preset = [f"--{name}" if value is True else f"--{name}={value}" for name, value in preset.items()]
     preset = {name: getattr(parser.parse_args(argv_of_preset), name) for name in preset}
     if "model" in given and given["model"] != preset.get("model", given["model"]):
-        parser.error(f"--model {given['model']} beside --template {given['template']}, which has the sizes of "
-                     f"{preset['model']}: give the one or the other")
+        parser.error(f"--model {given['model']} contradicts --template {given['template']}, which contains the sizes of "
+                     f"{preset['model']}: give one of them")
 
     args = argparse.Namespace(**{**defaults, **preset, **given}, given=frozenset(given))
     if not training and args.width_mult:
         args.given |= {"width_mult"}
-    said_twice = [f"--{name}" for name in PUBLISHED_LOSS_FLAGS if name in given]
-    if args.loss and said_twice:
-        parser.error(f"{', '.join(said_twice)} beside the loss string {args.loss}: give the one or the other")
+    duplicates = [f"--{name}" for name in PUBLISHED_LOSS_FLAGS if name in given]
+    if args.loss and duplicates:
+        parser.error(f"{', '.join(duplicates)} cannot be combined with the loss string {args.loss}: give one of them")
     try:
         args.loss = args.loss or published_loss(args)
         parse_loss(args.loss)
@@ -294,13 +328,16 @@ def parse(argv=None, training=True):
         parser.error(str(error))
     if training and args.patch_size % args.scale:
         parser.error(f"--patch_size {args.patch_size} (HR pixels) is not a multiple of --scale {args.scale}")
-    check_together(parser, args)
+    check_combinations(parser, args)
     args.teacher = args.teacher or [args.model]
     return args
 
 
-def joined(names):
-    """The flags of several presets as one: a later one replaces also what an earlier one says of the same in other flags."""
+def join_presets(names: Sequence[str]) -> dict[str, object]:
+    """Merge presets into one, where later ones override earlier ones.
+
+    A preset with a loss also removes the loss of earlier ones, whichever flags it was given by, and a network their sizes.
+    """
     preset = {}
     for name in names:
         later = TEMPLATES[name]
@@ -313,41 +350,42 @@ def joined(names):
     return preset
 
 
-def check_together(parser, args):
-    """Ends with a line where flags contradict each other."""
+def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit with one line and status 2 where flags contradict each other."""
     for name in ("n_zoom_in", "view_terms"):
         if name in args.given and not args.upcycle:
-            parser.error(f"--{name} says something of the views of --upcycle: give both")
+            parser.error(f"--{name} applies to the inputs of --upcycle, which is not given: give both")
     if "n_zoom_in" in args.given and "zoom_in" not in [name for _, name in args.upcycle]:
-        parser.error("--n_zoom_in counts tiles of zoom_in, which --upcycle does not name")
+        parser.error("--n_zoom_in is the number of zoom_in crops, but --upcycle does not contain zoom_in")
     if args.cache_teacher and args.ext == "img":
-        parser.error("--cache_teacher keeps its files in the data's cache, and --ext img keeps none: give one of them")
+        parser.error("--cache_teacher needs the data cache, which --ext img disables: give one of them")
     if args.cache_teacher and args.width_mult:
-        parser.error("--cache_teacher asks a teacher that stays as it is; under --width_mult it is trained along")
+        parser.error("--cache_teacher needs a fixed teacher, but --width_mult trains it with the student: give one of them")
     if args.warmup >= args.epochs * args.test_every and args.warmup:
-        parser.error(f"--warmup {args.warmup} is no shorter than the run, {args.epochs * args.test_every} iterations")
+        parser.error(f"--warmup {args.warmup} must be shorter than the run, which has {args.epochs * args.test_every} "
+                     "iterations (--epochs x --test_every)")
     if args.resume and args.reset:
-        parser.error("--resume 1 continues a run and --reset replaces it: give one of them")
+        parser.error(f"--resume {args.resume} continues a run, but --reset replaces it: give one of them")
     if args.save_gt and not args.save_results:
-        parser.error("--save_gt adds to --save_results: give both")
+        parser.error("--save_gt saves images only together with --save_results: give both")
     for name in args.data_test:
         if name != PurePath(name).name or name == "..":
-            parser.error(f"--data_test {name}: give the name of a folder in --dir_data or in its folder benchmark, such as "
+            parser.error(f"--data_test {name}: give the name of a folder in --dir_data or --dir_data/benchmark, such as "
                          f"{PurePath(os.path.normpath(name)).name.strip('.') or 'Set5'}")
     if args.batch_size % (args.n_GPUs * args.split_batch):
-        parser.error(f"--batch_size {args.batch_size} cannot be divided evenly by --n_GPUs {args.n_GPUs} x --split_batch "
+        parser.error(f"--batch_size {args.batch_size} is not a multiple of --n_GPUs {args.n_GPUs} x --split_batch "
                      f"{args.split_batch}")
     if args.chop_mem and not args.chop:
-        parser.error("--chop_mem bounds the memory of --chop: give both")
+        parser.error("--chop_mem is the memory limit of --chop, which is not given: give both")
     experiments = str(ROOT / "experiment")
     folder, cache = os.path.normpath(os.path.join(experiments, args.ckp_dir)), os.path.join(experiments, "cache")
     if folder == experiments or f"{folder}/".startswith(f"{cache}/"):
         parser.error(f"--ckp_dir {args.ckp_dir!r}: {folder} is " + ("the folder of all runs" if folder == experiments else
-                     "where decoded images are kept") + "; give the run a name of its own")
+                     "the folder of decoded images") + "; give the run another name")
 
 
-def published_loss(args):
-    """The loss string behind FAKD's flags: `--alpha 0.5 --feature_distilation_type 10*SA` -> 0.5*DS+0.5*TS+10*SA."""
+def published_loss(args: argparse.Namespace) -> str:
+    """Return the loss string of FAKD's flags: `--alpha 0.5 --feature_distilation_type 10*SA` -> 0.5*DS+0.5*TS+10*SA."""
     terms = [f"{weight:g}*{name}" for weight, name in ((1 - args.alpha, "DS"), (args.alpha, "TS")) if weight]
     if args.feature_loss_used:
         terms.append(args.feature_distilation_type)

@@ -135,7 +135,7 @@ def test_a_plus_in_the_name_of_an_existing_file_separates_nothing(tmp_path):
     ("--chop_mem 2", "--chop"), ("--chop --chop_mem 0", "above 0"), ("--chop --chop_mem 4GB", "finite number"),
     ("--no_such_flag", "--no_such_flag"),
     ("--feat [1]", "--feat"),
-    ("--template +", "no preset"), ("--template FAKD+", "no preset"),
+    ("--template +", "not a preset"), ("--template FAKD+", "not a preset"),
     ("--template CARN_M --model RCAN", "--template CARN_M"),
     ("--alpha nan", "0..1"), ("--gamma inf", "at most 1"), ("--gamma 1.5", "at most 1"),
     ("--momentum 1", "excluded"), ("--epsilon 0", "above 0"),
@@ -145,7 +145,7 @@ def test_a_plus_in_the_name_of_an_existing_file_separates_nothing(tmp_path):
     ("--rgb_range 1e9", "65535"), ("--batch_size 1000000000000", "65536"), ("--loss 1e999*DS", "finite"),
     ("--data_train A++B", "list such as"), ("--data_train ,", "list such as"), ("--data_test Set5+", "list such as"),
     ("--data_test A+B+A", "duplicate A"), ("--dir_demo ~nobody_here/x", "no home folder ~nobody_here"),
-    ("--ckp_dir=", "folder of all runs"), ("--ckp_dir cache", "a name of its own"), ("--ckp_dir ./cache/x", "decoded"),
+    ("--ckp_dir=", "folder of all runs"), ("--ckp_dir cache", "another name"), ("--ckp_dir ./cache/x", "decoded"),
 ])
 def test_a_mistake_gets_one_line_and_status_2(line, words, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -2,11 +2,14 @@
 import os
 import shutil
 import subprocess
+import sys
 
 import loss
 import option
 import pytest
+import seed_statistics
 from conftest import ROOT
+from system.errors import UserError
 
 TRAINING = sorted((ROOT / "scripts").glob("*_x[2348].sh"))
 
@@ -67,32 +70,85 @@ def test_there_is_a_script_for_each_experiment_with_upcycled_data():
     assert names >= {f"dckd_star_{net}_x{scale}" for net in ("rcan", "swinir") for scale in (2, 3, 4)}
 
 
-def test_the_comparison_of_methods_passes_valid_flags_and_tabulates(checkout):
-    metrics = checkout / "experiment" / "compare_methods" / "TS_2" / "metrics.csv"
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    header = "epoch,iteration,dataset,scale,psnr,ssim\n"
-    metrics.write_text(header + "1,9,Set5,2,30.0,0.9\n2,18,Set5,2,31.0,0.9\n")
-    (metrics.parent / "state.pt").touch()
-    (checkout / "experiment" / "compare_methods" / "TS_1").mkdir(exist_ok=True)
-    (metrics.parent.parent / "TS_1" / "metrics.csv").write_text(header + "2,18,Set5,2,32.0,0.9\n")
+def test_the_comparison_of_methods_passes_valid_flags(checkout):
     ran = subprocess.run(["bash", str(checkout / "scripts" / "compare_methods.sh"), "--scale", "2", "--epochs", "3"],
-                         capture_output=True, text=True, check=True, cwd="/", env={**os.environ, "LC_ALL": "C"})
+                         capture_output=True, text=True, check=True, cwd="/", env={**os.environ, "LC_ALL": "C.UTF-8"})
     *runs, table = ran.stdout.split("== ")[1:]
     found = {}
     for run in runs:
         title, entry, *argv = run.splitlines()
         assert entry == str(checkout / "code" / "train.py")
         found[title] = option.parse(argv)
-    assert len(found) == 21 and table.splitlines()[1] == "TS             Set5       31.500 +- 0.500  2"
+    assert len(found) == 21
     for title, args in found.items():
         assert loss.parse(args.loss) and (args.epochs, args.decay, args.ema, args.lr) == (3, "cosine", 0.999, 2e-4), title
-        assert args.ckp_dir == "compare_methods/" + title.replace(", seed ", "_")
-        assert args.resume == (title == "TS, seed 2")
+        assert args.ckp_dir == "compare_methods/" + title.replace(", seed ", "_") and args.resume == "auto"
     assert found["DUKD_inherit, seed 1"].init_from_teacher and found["DUKD_inherit, seed 1"].loss == "5*DS+1*TS"
     assert found["TS_cached, seed 3"].cache_teacher and found["TS_cached, seed 3"].seed == 3
-    ran = subprocess.run(["bash", str(checkout / "scripts" / "compare_methods.sh")], capture_output=True, text=True,
-                         check=False, env={**os.environ, "METHODS": "scratch magic"})
-    assert ran.returncode == 2 and "there is no magic" in ran.stderr and not ran.stdout
+    _, entry, *argv = table.splitlines()
+    args = seed_statistics.parse(argv)
+    assert entry == str(checkout / "code" / "seed_statistics.py")
+    assert args.folder == checkout / "experiment" / "compare_methods"
+    assert len(args.methods) == 7 and args.seeds == ["1", "2", "3"]
+
+
+def test_the_comparison_takes_methods_and_seeds_from_the_environment(checkout):
+    script = ["bash", str(checkout / "scripts" / "compare_methods.sh")]
+    ran = subprocess.run(script, capture_output=True, text=True, check=True,
+                         env={**os.environ, "METHODS": "TS FAKD", "SEEDS": "4"})
+    assert [part.splitlines()[0] for part in ran.stdout.split("== ")[1:-1]] == ["TS, seed 4", "FAKD, seed 4"]
+    assert ran.stdout.splitlines()[-5:] == ["--methods", "TS", "FAKD", "--seeds", "4"]
+    ran = subprocess.run(script, capture_output=True, text=True, check=False,
+                         env={**os.environ, "METHODS": "scratch magic"})
+    assert ran.returncode == 2 and "unknown method magic; the methods are scratch" in ran.stderr and not ran.stdout
+
+
+HEADER = "epoch,iteration,dataset,scale,psnr,ssim\n"
+
+
+def write_metrics(folder, name, rows):
+    (folder / name).mkdir()
+    (folder / name / "metrics.csv").write_text(HEADER + rows)
+
+
+def test_the_table_of_methods_has_mean_and_sample_standard_deviation(tmp_path):
+    for method, values in {"A": (31, 32, 34.5), "B": (30, 30, 30)}.items():
+        for seed, psnr in enumerate(values, 1):
+            write_metrics(tmp_path, f"{method}_{seed}", "1,9,Set5,2,99,0.1\n1,9,Old,2,9,0.1\n"
+                          f"2,18,Set5,2,{psnr},0.9{seed}\n2,18,B100,2,28,0.8\n")
+    ran = subprocess.run([sys.executable, ROOT / "code" / "seed_statistics.py", tmp_path, "--methods", "A", "B", "--seeds",
+                          "1", "2", "3"], capture_output=True, encoding="utf-8", check=True,
+                         env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert ran.stdout == (tmp_path / "methods.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ran.stdout.splitlines()]
+    assert rows[0] == ["method", "dataset", "PSNR (dB)", "SSIM", "seeds"]
+    assert rows[2:] == [["A", "Set5", "32.500 ± 1.803", "0.9200 ± 0.0100", "3"],
+                        ["A", "B100", "28.000 ± 0.000", "0.8000 ± 0.0000", "3"],
+                        ["B", "Set5", "30.000 ± 0.000", "0.9200 ± 0.0100", "3"],
+                        ["B", "B100", "28.000 ± 0.000", "0.8000 ± 0.0000", "3"]]
+    lines = (tmp_path / "methods.csv").read_text().splitlines()
+    assert lines[:3] == ["method,seed,dataset,psnr,ssim", "A,1,Set5,31.0000,0.91000", "A,1,B100,28.0000,0.80000"]
+    assert len(lines) == 13
+
+
+def test_a_run_that_diverged_is_part_of_the_table():
+    rows = [("A", "1", "Set5", "nan", "0.1"), ("A", "2", "Set5", "30", "0.3")]
+    assert "nan ± nan | 0.2000 ± 0.1414 | 2" in seed_statistics.to_markdown(rows)
+
+
+def test_a_single_seed_has_no_standard_deviation(tmp_path):
+    write_metrics(tmp_path, "A_1", "1,9,Set5,2,31.0,0.9\n")
+    row = seed_statistics.to_markdown(seed_statistics.last_scores(tmp_path, "A", "1")).splitlines()[2]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == ["A", "Set5", "31.000", "0.9000", "1"]
+
+
+@pytest.mark.parametrize("rows", ["", "1\n", "1,9,Set5,2,x,0.9\n", "1,9,Set5,2,30\n", None])
+def test_a_run_without_scores_gets_one_line(rows, tmp_path):
+    if rows is not None:
+        write_metrics(tmp_path, "A_1", rows)
+    with pytest.raises(UserError, match="--data_test") as caught:
+        seed_statistics.last_scores(tmp_path, "A", "1")
+    assert str(caught.value).startswith(f"{tmp_path / 'A_1' / 'metrics.csv'}: ") and "\n" not in str(caught.value)
 
 
 def test_the_teacher_download_keeps_the_users_folder_and_flags(checkout):
