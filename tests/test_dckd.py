@@ -86,7 +86,7 @@ def test_DMM_compares_codes_of_images():
     codes = net.quantize.embedding.weight
 
     def distribution(sr):
-        z = net.latent(net.maps(2 * sr / 255 - 1)[-1])
+        z = net.latent(net.feature_maps(2 * sr / 255 - 1)[-1])
         d = ((z[:, None] - codes[None, :, :, None, None]) ** 2).sum(2)  # N x codes x h x w
         return (d.amax(1, keepdim=True) - d).softmax(1)
     expected = -(distribution(step.teacher.sr) * distribution(step.student.sr).log()).sum(1).mean()

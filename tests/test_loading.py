@@ -18,7 +18,7 @@ import option
 from checkpoint import save_model
 from conftest import ROOT
 from loss import vgg, vqgan
-from model import CheckpointError, load_as_told, load_model, make_model, roles, teachers
+from model import CheckpointError, load_with_flags, load_model, make_model, roles, teachers
 from model.edsr import EDSR
 from model.loading import read_checkpoint
 from model.rcan import RCAN
@@ -262,7 +262,7 @@ def test_read_checkpoint_tells_own_files_from_others(net, own_file, save):
 
 def test_flags_that_agree_are_taken(own_file):
     args = option.parse(["--model", "EDSR", "--scale", "2", "--n_feats", "8", "--rgb_range", "1", "--res_scale", "0.5"])
-    net = load_as_told(own_file, args)
+    net = load_with_flags(own_file, args)
     assert net.rgb_range == 1
     assert net.body[0].res_scale == 0.5
 
@@ -270,7 +270,7 @@ def test_flags_that_agree_are_taken(own_file):
 def test_defaults_of_flags_are_no_claims(own_file):
     args = option.parse([])
     assert args.scale == 4
-    assert load_as_told(own_file, args).scale == 2
+    assert load_with_flags(own_file, args).scale == 2
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -278,7 +278,7 @@ def test_defaults_of_flags_are_no_claims(own_file):
     (("--n_resblocks", "5"), "n_resblocks 2, not 5"), (("--model", "RCAN"), "EDSR, not --model RCAN")])
 def test_flag_that_contradicts_the_file_names_both(own_file, flags, words):
     with pytest.raises(CheckpointError, match=words) as caught:
-        load_as_told(own_file, option.parse(flags))
+        load_with_flags(own_file, option.parse(flags))
     assert str(own_file) in str(caught.value)
 
 

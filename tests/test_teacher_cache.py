@@ -82,7 +82,7 @@ def test_crops_contain_the_teacher_output_of_the_whole_image_cropped_and_flipped
         for k in range(4):
             crop = 4 * number + k
             assert torch.equal(lr[k], plain[crop][0]) and torch.equal(hr[k], plain[crop][1])
-            index = crops.where[crops._image(crop)][1]
+            index = crops.images[crops._image(crop)][1]
             both = np.concatenate([np.array(images.hr(index)), *[whole.numpy() for whole in wholes[index]]], 2)
             assert any(np.array_equal(part[..., :3], hr[k].permute(1, 2, 0).numpy())
                        and np.array_equal(part[..., 3:], decode(more[0][k]).permute(1, 2, 0).numpy())

@@ -99,7 +99,7 @@ def test_VQGAN_agrees_with_the_authors(golden):
     path, x, arrays, _ = golden("vqgan")
     net = vqgan.load_vqgan(path).eval()
     with torch.no_grad():
-        maps = net.maps(x)
+        maps = net.feature_maps(x)
         z = net.latent(maps[-1])
         found = {**{f"feature{index}": one for index, one in enumerate(maps)}, "z": z,
                  "code_probability": net.code_logits(z).softmax(1)}
@@ -109,10 +109,10 @@ def test_VQGAN_agrees_with_the_authors(golden):
 
 
 def test_sizes_of_the_released_network(golden, vqgan_state):
-    assert vqgan.recognise(vqgan_state) == dict(ch=32, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=2, attention=[4],
+    assert vqgan.read_config(vqgan_state) == dict(ch=32, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=2, attention=[4],
                                                 z_channels=32, embed_dim=32, n_embed=24)
     net = frozen.new_network(vqgan.VQGAN, **vqgan.F16_1024)
-    released = vqgan.recognise(net.state_dict())
+    released = vqgan.read_config(net.state_dict())
     assert {**released, "ch_mult": tuple(released["ch_mult"]), "attention": tuple(released["attention"])} == vqgan.F16_1024
     assert sorted(net.state_dict()) == sorted(golden("vqgan")[3]["keys"])
 
@@ -123,7 +123,7 @@ def test_VQGAN_is_fed_minus_one_to_one_and_padded_by_reflection(golden, rgb_rang
     net.rgb_range = rgb_range
     x = torch.rand(1, 3, 20, 32)
     with torch.no_grad():
-        found, expected = net(x * rgb_range), net.maps(F.pad(2 * x - 1, (0, 0, 0, 12), mode="reflect"))
+        found, expected = net(x * rgb_range), net.feature_maps(F.pad(2 * x - 1, (0, 0, 0, 12), mode="reflect"))
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))
 
 

@@ -41,14 +41,14 @@ def random_blur(images: torch.Tensor, _) -> torch.Tensor:
     return images
 
 
-def gaussian(sigma, radius):
+def gaussian(sigma: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """Compute N x 11 kernels of sum 1, zero beyond the radius, from N x 1 of each."""
     place = torch.arange(-RADIUS, RADIUS + 1)
     kernel = torch.exp(-0.5 * (place / sigma) ** 2) * (place.abs() <= radius)
     return kernel / kernel.sum(1, keepdim=True)
 
 
-def blur_axis(images, kernels, axis):
+def blur_axis(images: torch.Tensor, kernels: torch.Tensor, axis: int) -> torch.Tensor:
     """Blur each image by its own kernel along axis 2 or 3."""
     n, c, height, width = images.shape
     padding = (0, 0, RADIUS, RADIUS) if axis == 2 else (RADIUS, RADIUS, 0, 0)
@@ -67,6 +67,6 @@ def random_resize(images: torch.Tensor, _) -> torch.Tensor:
     return images
 
 
-def uniform(count, low, high):
+def uniform(count: int, low: float, high: float) -> torch.Tensor:
     """Draw a number for each of the images of the local shard."""
     return low + (high - low) * local_shard(torch.rand(global_batch_size(count)))
