@@ -209,7 +209,7 @@ def test_missing_key_is_named(net, save):
 
 
 def test_superfluous_key_is_named(net, save):
-    assert "body.7.more too many" in message(save({**net.state_dict(), "body.7.more": torch.zeros(1)}))
+    assert "unknown body.7.more" in message(save({**net.state_dict(), "body.7.more": torch.zeros(1)}))
 
 
 def test_wrong_shape_is_named(net, save):
@@ -344,7 +344,7 @@ def test_teacher_of_another_scale_is_refused(own_file):
 
 
 def test_unknown_network_is_refused():
-    with pytest.raises(UserError, match="no network is called Oracle: there are EDSR, RCAN"):
+    with pytest.raises(UserError, match="there is no network Oracle; the networks are EDSR, RCAN"):
         make_model("Oracle", option.parse([]))
 
 

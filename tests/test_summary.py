@@ -81,7 +81,7 @@ def test_a_network_described_by_flags(run_main, small_output):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--ckp_path missing.pt", "missing.pt: no such"), ("--model UNet", "no network is called UNet"),
+    ("--ckp_path missing.pt", "missing.pt: no such"), ("--model UNet", "there is no network UNet"),
     ("--model SwinIR --depths 2,2", "2 depths and 4 num_heads")])
 def test_a_mistake_gets_one_line_and_status_2(run_main, line, words):
     status, _, err = run_main("summary", line)

@@ -129,7 +129,7 @@ def test_what_needs_more_runs_the_teacher_and_is_named(run_main, flags, teacher,
 def test_where_it_spares_nothing_nothing_is_built(run_main, flags, teacher, calls, root):  # noqa: F811
     status, out, _ = run_main("train", flags + f"--teacher {teacher} --loss 1*DS+1*TS+1*SA --cache_teacher")
     assert status == 0 and calls == [(4, 12, 12)] * 3 and not outputs(root)
-    assert any("spares nothing here: the teacher runs on every batch for SA (original batch)" in line for line in out)
+    assert any("has no effect: the teacher runs on every batch for SA (original batch)" in line for line in out)
 
 
 def test_an_interrupted_build_goes_on_where_it_was(run_main, flags, teacher, calls, root, monkeypatch):  # noqa: F811

@@ -152,7 +152,7 @@ def sum_in_blocks(student, teacher, polynomial, needs_grad):
 
 
 def _similarities(rows, columns, polynomial, with_slope):
-    """Return the similarities of all rows with all columns, and, with_slope, the slope of the polynomial there, else None."""
+    """Return the similarities of all rows with all columns, and with_slope the slope of the polynomial there, else None."""
     cosine = rows @ columns.T
     if polynomial is None:
         return cosine, None

@@ -209,7 +209,7 @@ def scale_argument(name: str, value: int | str, width: float) -> int | str:
         return f"{blocks},{convs},{scale_argument('growth', growth, width)}"
     channels = value * width
     if channels < 1 or channels != int(channels):
-        raise UserError(f"--width_mult {width:g} of {name} {value} leaves {channels:g} channels; it must be an integer")
+        raise UserError(f"--width_mult {width:g} of {name} {value} leaves {channels:g} channels; it must be a whole number")
     return int(channels)
 
 
