@@ -1,5 +1,6 @@
 """The training state, from which --resume continues a run with bit-identical results."""
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -8,8 +9,11 @@ from model import describe
 from system.errors import UserError
 from system.state import check_like, load_optimizer
 
+if TYPE_CHECKING:
+    from trainer import Trainer
 
-def identity_of(trainer) -> dict:
+
+def identity_of(trainer: "Trainer") -> dict:
     """Return the properties that must be equal in a resumed run and the run that it continues."""
     first_test_set = next((f"{images.name}, {len(images)} images" for images in trainer.benchmarks
                            if any(pair.hr for pair in images.pairs)), None)  # its PSNR decides which model is the best
@@ -17,7 +21,7 @@ def identity_of(trainer) -> dict:
             "optimizer": trainer.args.optimizer, "first test set": first_test_set}
 
 
-def state_of(trainer) -> dict:
+def state_of(trainer: "Trainer") -> dict:
     """Return the state of a `Trainer`: weights, optimisers, EMA, random number generators, history."""
     return dict(
         identity=identity_of(trainer), iteration=trainer.iteration, history=trainer.history, sums=trainer.sums,
@@ -27,7 +31,7 @@ def state_of(trainer) -> dict:
         random_cuda=torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None)
 
 
-def load_state(trainer, state: dict, path: Path) -> None:
+def load_state(trainer: "Trainer", state: dict, path: Path) -> None:
     """Load a state that `state_of` returned and that was read from `path`; settings are those of the resumed run's flags.
 
     Raises UserError where the state is of another run, damaged, or does not fit the flags.

@@ -136,7 +136,7 @@ def test_override_that_agrees_or_says_nothing_is_fine(own_file):
 
 def test_missing_file_is_named(tmp_path):
     assert "no such file" in message(tmp_path / "none.pt")
-    assert "it is a folder, not a file; name the file, model/model_best.pt" in message(tmp_path)
+    assert "it is a folder, not a file; give the file, such as model/model_best.pt" in message(tmp_path)
 
 
 def test_the_state_of_a_run_is_no_checkpoint(save):

@@ -120,7 +120,8 @@ def _is_faster(kernel, device, widths, polynomial, needs_grad):
     return seconds[0] < seconds[1]
 
 
-def sum_in_blocks(student, teacher, polynomial, needs_grad):
+def sum_in_blocks(student: torch.Tensor, teacher: torch.Tensor, polynomial: Sequence[float] | None,
+                  needs_grad: tuple[bool, bool]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Sum |difference of similarities| over all pairs of positions.
 
     student, teacher: unit vectors B x N x C. Returns the sum in float64, and a list of half its gradient (B x N x C) with

@@ -7,6 +7,8 @@ are no atomic operations and the result is deterministic.
 
 Imported only where there is a GPU: `triton` is installed with PyTorch for CUDA, not with PyTorch for CPUs.
 """
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -74,7 +76,8 @@ def _kernel(student, teacher, coefficients, sums, gradient, n,
                  mask=(rows < n)[:, None] & (channel < STUDENT)[None, :])
 
 
-def sum_in_kernel(student, teacher, polynomial, needs_grad):
+def sum_in_kernel(student: torch.Tensor, teacher: torch.Tensor, polynomial: Sequence[float] | None,
+                  needs_grad: tuple[bool, bool]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Compute affinity.sum_in_blocks for float32; raises ValueError for gradients of more than MAX_CHANNELS channels."""
     total, gradients = None, [None, None]
     for index, (one, other) in enumerate(((student, teacher), (teacher, student))):

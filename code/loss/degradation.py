@@ -32,7 +32,7 @@ def random_noise(images: torch.Tensor, rgb_range: float) -> torch.Tensor:
     return images + noise * sigma.to(images, non_blocking=True)
 
 
-def random_blur(images: torch.Tensor, _) -> torch.Tensor:
+def random_blur(images: torch.Tensor, _: float) -> torch.Tensor:
     """Blur with a Gaussian of odd size in 3..11 and sigma in [0.1, 2] for each axis; edge pixels are replicated."""
     radius = local_shard(torch.randint(1, RADIUS + 1, (global_batch_size(len(images)), 1)))
     for axis in (2, 3):
@@ -57,7 +57,7 @@ def blur_axis(images: torch.Tensor, kernels: torch.Tensor, axis: int) -> torch.T
     return F.conv2d(padded.reshape(1, n * c, *padded.shape[2:]), kernels, groups=n * c).view(n, c, height, width)
 
 
-def random_resize(images: torch.Tensor, _) -> torch.Tensor:
+def random_resize(images: torch.Tensor, _: float) -> torch.Tensor:
     """Resize by a factor uniform in [0.5, 1.5] and back, each by area, bilinear or bicubic interpolation."""
     size = images.shape[2:]
     factor = 0.5 + torch.rand(()).item()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from system.errors import UserError, is_out_of_memory, reason_of
+from system.errors import UserError, is_out_of_memory, reason_of, writing
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]  # a folder may be shared between machines
 PART = re.compile(rf"\..*\.{re.escape(HOST)}\.([0-9]+)\.part")
@@ -39,13 +39,12 @@ def atomic_path(path: Path | str, sync: bool = True) -> Iterator[Path]:
     path = Path(path)
     part = part_of(path)
     try:
-        yield part
-        if sync:
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({reason_of(error)}); make space there, or give another folder") from None
+        with writing(path):
+            yield part
+            if sync:
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(part, path)
     finally:
         with suppress(OSError):
             part.unlink()

@@ -1,6 +1,7 @@
 """Signal handlers with which a run ends in order: it saves its state first."""
 import signal
 import time
+from types import FrameType
 
 
 class Interruption:
@@ -19,7 +20,7 @@ class Interruption:
                        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN}
         return self
 
-    def handle(self, number, frame):
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Set `status` at the first signal, and forward a later one to the handler from before the context."""
         now = time.monotonic()
         if not self.status:
