@@ -1,14 +1,15 @@
 """DCKD's DCR and DMM: the authors' numbers, the history model, the degradations, and runs that resume exactly."""
 import json
 
-import checkpoint
-import loss
 import numpy as np
-import option
 import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
+
+import checkpoint
+import loss
+import option
 from checkpoint import save_model
 from conftest import GOLDEN
 from loss import degradation, vqgan

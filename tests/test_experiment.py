@@ -5,10 +5,11 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-import checkpoint
-import option
 import pytest
 import torch
+
+import checkpoint
+import option
 from checkpoint import Experiment
 from conftest import ROOT
 from system.errors import UserError

@@ -18,7 +18,7 @@ import option
 from checkpoint import save_model
 from conftest import ROOT
 from loss import vgg, vqgan
-from model import CheckpointError, load_with_flags, load_model, make_model, roles, teachers
+from model import CheckpointError, load_model, load_with_flags, make_model, roles, teachers
 from model.edsr import EDSR
 from model.loading import read_checkpoint
 from model.rcan import RCAN

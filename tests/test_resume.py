@@ -3,14 +3,15 @@ import csv
 import math
 import zipfile
 
-import evaluation
-import option
 import pytest
 import torch
+
+import evaluation
+import option
 from loss import Context, adversarial, build_loss
+from schedule import make_optimizer
 from system.state import load_optimizer
 from test_training import flags, rows  # noqa: F401
-from schedule import make_optimizer
 
 RUN = "--loss 1*DS+1*GAN --test_every 2 --save_every 1000 "
 

@@ -3,9 +3,10 @@ import os
 import shutil
 import subprocess
 
+import pytest
+
 import loss
 import option
-import pytest
 from conftest import ROOT
 
 TRAINING = sorted((ROOT / "scripts").glob("*_x[2348].sh"))

@@ -1,10 +1,11 @@
 """What networks are said to cost, against published counts, real tensors and formulas."""
 from types import SimpleNamespace
 
-import option
 import pytest
-import summary
 import torch
+
+import option
+import summary
 from checkpoint import save_model
 from model import make_model
 from model.carn import CARN_M

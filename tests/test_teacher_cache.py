@@ -3,11 +3,12 @@ import os
 import pickle
 import shutil
 
-import data
 import numpy as np
-import option
 import pytest
 import torch
+
+import data
+import option
 from checkpoint import save_model
 from data import Crops, teacher_cache
 from data.cache import Store

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+
 from checkpoint import save_model
 from conftest import ROOT
 from model import load_model

@@ -3,11 +3,12 @@ import collections
 import pickle
 import re
 
-import loss
-import option
 import pytest
 import torch
 import torch.nn.functional as F
+
+import loss
+import option
 from conftest import golden_parameters
 from loss import frozen, vgg, vqgan
 from model.loading import CheckpointError
