@@ -5,6 +5,7 @@ python benchmark.py     python benchmark.py --only affinity+san_pooling --sizes 
 Writes benchmark.csv and, drawn from its rows, benchmark.png. Those in figure/ are the result of
 `bash scripts/benchmark.sh --output figure` on two otherwise idle CPU cores.
 """
+import argparse
 import csv
 import io
 import logging
@@ -12,13 +13,17 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import option
 from option_types import natural, parse_list, parse_numbers, positive, positive_number
 from system.errors import UserError, run, writing
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger("sr")
-MIN_CPU_SHARE = 0.9  # of a core; below, other processes have slowed the benchmark down
+MIN_CPU_SHARE = 0.9  # of a core; below it, other processes have slowed the benchmark down
 COLUMNS = ("comparison", "size", "setting", "runs", "reference_s", "ours_s", "speedup", "reference_MB", "ours_MB",
            "memory_ratio", "difference", "TFLOP/s", "fraction_of_peak")
 WIDTHS = {"comparison": 14, "size": 5, "setting": 28}  # of the other columns: that of their names
@@ -83,7 +88,7 @@ def main() -> int:
     return 0
 
 
-def parse(argv: list[str] | None = None):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags."""
     parser = option.Parser(description="Compare time and peak memory with the reference implementations: a table, a CSV "
                                        "file and a picture.", allow_abbrev=False)
@@ -107,7 +112,7 @@ def line(row: dict[str, str]) -> str:
     return "  ".join(f"{cell:{align}{width}}" for cell, width, align in cells)
 
 
-def describe(device) -> str:
+def describe(device: "torch.device") -> str:
     """Describe the device and the version of PyTorch."""
     import torch  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""The folder of a run, experiment/<ckp_dir>/: files that appear whole or not at all, logs, curves."""
+"""The folder of a run, experiment/<ckp_dir>/: checkpoints, training state, logs and curves, each written atomically."""
 import csv
 import io
 import logging
@@ -6,8 +6,12 @@ import math
 import os
 import re
 import shutil
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from torch import nn
 
 import config
 from model import save_header
@@ -17,20 +21,20 @@ from system.files import atomic_save, atomic_write, load_torch_file, lock, remov
 from system.logger import log_to
 
 log = logging.getLogger("sr")
-RESULTS = "state.pt", "metrics.csv", "loss.csv"  # beside the models and the curves of what the two tables name
+RESULTS = "state.pt", "metrics.csv", "loss.csv"  # and model/*.pt, and a curve for each column and test set of the tables
 MODEL = re.compile(r"model_(best|latest|raw|[0-9]+)\.pt")
 REPLACED = ".replaced"  # where --reset keeps the old run until the new one has saved a state
 
 
-def save_model(net, path):
-    """Saves the weights with the header from which `load_model` builds the network; of a channel slice the whole network."""
+def save_model(net: nn.Module, path: Path | str) -> None:
+    """Save the weights with the header from which `load_model` builds the network; for a channel slice, the full network."""
     net = getattr(net, "full_network", net)
     atomic_save({**save_header(net), "params": net.state_dict()}, path)
 
 
 @contextmanager
-def accessing(folder):
-    """Turn an OSError in the body into one line that names the file."""
+def accessing(folder: Path) -> Iterator[None]:
+    """Turn an OSError raised in the body into a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -39,13 +43,14 @@ def accessing(folder):
 
 
 class Experiment:
-    """The folder of one run. `state` is what an earlier part of it saved to go on from, else None.
+    """The folder of one run. `state` is the saved training state where the run is resumed, else None.
 
-    Nothing is written before `begin`, so that a run that cannot start leaves the folder as it was. A folder that has been
-    used before is locked from the start; a new one in `begin`, which checks again what is there: slow work lies in between.
+    Nothing is written before `begin`, so that a run that cannot start leaves the folder as it was. The constructor locks a
+    folder that has been used before. A new one is locked in `begin`, which compares its files with those that the
+    constructor found, since loading the data in between may take minutes.
     """
 
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         self.folder = ROOT / "experiment" / args.ckp_dir
         self.args, self.lock, self.state, self.moved = args, None, None, False
         try:
@@ -64,14 +69,14 @@ class Experiment:
                 self.found = self._find()
                 self._check_free()
             if args.resume == 1 and not os.path.lexists(state):
-                raise UserError(f"--resume 1: {state} is not there; start the run without it, or name its folder with "
-                                "--ckp_dir")
+                raise UserError(f"--resume 1: {state} does not exist; start the run without --resume, or give its folder "
+                                "with --ckp_dir")
             self.resumes = args.resume == 1 or (args.resume == "auto" and os.path.lexists(state))
             if self.resumes:
                 self.state = load_state_file(state)
 
-    def begin(self):
-        """Make and lock the folder, move aside what --reset replaces, start the log, write config.txt."""
+    def begin(self) -> None:
+        """Make and lock the folder, move aside the files that --reset replaces, write config.txt, start the log file."""
         if not is_rank_zero():
             return
         with accessing(self.folder):
@@ -90,8 +95,8 @@ class Experiment:
         for flag, value, before in changes:
             log.info("continues with %s %s (was %s)", flag, value, before)
 
-    def end(self):
-        """Unlock the folder, with the run that --reset was to replace if the new one saved nothing."""
+    def end(self) -> None:
+        """Unlock the folder; if the new run saved nothing, restore the one that --reset was to replace first."""
         if self.moved:
             self._restore()
         if self.lock:
@@ -103,7 +108,7 @@ class Experiment:
                          "--ckp_dir")
 
     def _find(self):
-        """Return {file: (inode, size, time)} of the files there that a run writes; never of the user's own beside them."""
+        """Return {file: (inode, size, time)} of the files of a run in the folder, without other files of the user."""
         names = [*RESULTS, "config.txt", "log.txt", *curves_of(self.folder)]
         models = self.folder / "model"
         names += [f"model/{name}" for name in (os.listdir(models) if models.is_dir() else ()) if MODEL.fullmatch(name)]
@@ -114,7 +119,7 @@ class Experiment:
     def _check_free(self):
         """Raise UserError where the run would overwrite another one, or --reset would remove files of no run.
 
-        config.txt and log.txt alone are of a run that ended before it saved anything: they are replaced.
+        A folder with no more than config.txt and log.txt is of a run that saved nothing: the two are replaced.
         """
         if (self.folder / REPLACED).is_dir() and not self.args.reset:
             raise UserError(f"{self.folder / REPLACED} holds a run that --reset was replacing when it was killed; move its "
@@ -125,7 +130,7 @@ class Experiment:
             return
         first = min(results).relative_to(self.folder)
         if not of_a_run:
-            raise UserError(f"{self.folder} holds {first}, which a run would overwrite, and no run (config.txt, state.pt); "
+            raise UserError(f"{self.folder} holds {first}, which a run would overwrite, but no run (config.txt, state.pt); "
                             "move it elsewhere, or give another --ckp_dir")
         if not self.args.reset and self.args.resume != 1:
             go_on = "--resume 1 continues it, " if self.folder / "state.pt" in self.found else ""
@@ -136,13 +141,13 @@ class Experiment:
         aside, self.moved = self.folder / REPLACED, True
         (aside / "model").mkdir(parents=True, exist_ok=True)
         for path in self.found:
-            if os.path.lexists(aside / path.relative_to(self.folder)):  # of an earlier --reset, which was killed
+            if os.path.lexists(aside / path.relative_to(self.folder)):  # moved by an earlier --reset, which was killed
                 path.unlink()
             else:
                 path.rename(aside / path.relative_to(self.folder))
 
     def _restore(self):
-        """Move back what --reset had moved aside."""
+        """Move back the files that --reset had moved aside."""
         aside = self.folder / REPLACED
         with suppress(OSError):
             for path in [path for path in aside.rglob("*") if not path.is_dir()]:
@@ -157,22 +162,28 @@ class Experiment:
         atomic_write(path, text.encode(errors="surrogateescape"))
         return config.differences(before, text)
 
-    def save_state(self, state):
+    def save_state(self, state: dict) -> None:
+        """Save the training state; from then on the run that --reset replaces is deleted."""
         atomic_save(state, self.folder / "state.pt")
-        if self.moved:  # the new run exists now
+        if self.moved:
             shutil.rmtree(self.folder / REPLACED, ignore_errors=True)
             self.moved = False
 
-    def save_models(self, net, is_best, epoch):
+    def save_models(self, net: nn.Module, is_best: bool, epoch: int) -> None:
+        """Save model_latest.pt, model_best.pt if `is_best`, and with --save_models also model_<epoch>.pt."""
         names = ["model_latest.pt"] + ["model_best.pt"] * is_best + [f"model_{epoch}.pt"] * self.args.save_models
         for name in names:
             self.save_model(net, name)
 
-    def save_model(self, net, name):
+    def save_model(self, net: nn.Module, name: str) -> None:
+        """Save the network in the folder model/ under that file name."""
         save_model(net, self.folder / "model" / name)
 
-    def write_history(self, history):
-        """history: a dict an epoch -> metrics.csv, loss.csv and the curves."""
+    def write_history(self, history: list[dict]) -> None:
+        """Write metrics.csv, loss.csv and the curves.
+
+        history: a dict for each epoch, as `Trainer.test_epoch` records it.
+        """
         scores = [dict(epoch=row["epoch"], iteration=row["iteration"], dataset=name, scale=self.args.scale,
                        psnr=f"{psnr:.4f}", ssim=f"{ssim:.5f}")
                   for row in history for name, (psnr, ssim) in row["scores"].items()]
@@ -199,27 +210,29 @@ class Experiment:
             atomic_write(self.folder / f"{name}.png", draw_curve(points, label))
 
 
-def check_place(folder):
-    """Raise UserError or OSError where the folder cannot be made or written, before anything slow is done."""
+def check_place(folder: Path) -> None:
+    """Raise UserError or OSError where the folder cannot be made or written to, before anything slow is done."""
     if max(len(os.fsencode(part)) for part in folder.parts) > 255 or len(os.fsencode(folder)) > 3900:
         raise UserError(f"--ckp_dir {folder.name[:40]}...: longer than file systems allow; give a shorter name")
     place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not place.is_dir():
         raise UserError(f"{place}: a file, not a folder; give another --ckp_dir")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{place}: its permissions forbid to write there; give another --ckp_dir")
+        raise UserError(f"{place}: its permissions do not allow writing; give another --ckp_dir")
 
 
-def read_text(path):
+def read_text(path: Path) -> str:
+    """Return the text of a file, with bytes that are no UTF-8 as surrogate escapes."""
     return path.read_text(encoding="utf-8", errors="surrogateescape")
 
 
-def is_config(path):
-    return path.is_file() and read_text(path).startswith((config.HEADER, "G0: "))  # or as earlier versions wrote it
+def is_config(path: Path) -> bool:
+    """Return whether the file is the config.txt of a run, of this version or an earlier one."""
+    return path.is_file() and read_text(path).startswith((config.HEADER, "G0: "))  # "G0: ": of earlier versions
 
 
-def curves_of(folder):
-    """Return the names of the curves that a run draws of the columns of loss.csv and the data sets of metrics.csv."""
+def curves_of(folder: Path) -> list[str]:
+    """Return the file names of a run's curves: one for each column of loss.csv and each test set of metrics.csv."""
     tables = {}
     for name in ("loss.csv", "metrics.csv"):
         tables[name] = []
@@ -231,8 +244,8 @@ def curves_of(folder):
     return sorted({name for name in names if name == Path(name).name})
 
 
-def load_state_file(path):
-    """Return the dict that `save_state` wrote; raises UserError, or OSError where the file may not be read."""
+def load_state_file(path: Path) -> dict:
+    """Return the training state that `save_state` wrote; raises UserError, or OSError where the file cannot be opened."""
     with path.open("rb"):
         pass
     try:
@@ -244,8 +257,8 @@ def load_state_file(path):
     return state
 
 
-def check_history(history, terms, iteration):
-    """Raise ValueError unless `history` is a list of what `Trainer.test_epoch` appends, of these loss terms."""
+def check_history(history: object, terms: Iterable[str], iteration: int) -> None:
+    """Raise ValueError unless `history` is a list of dicts as `Trainer.test_epoch` appends them, for these loss terms."""
     if not isinstance(history, list):
         raise ValueError(f"history is of type {type(history).__name__}, not list")
     last = 0
@@ -262,12 +275,13 @@ def check_history(history, terms, iteration):
         last = row["iteration"]
 
 
-def with_total(losses):
+def with_total(losses: dict[str, float]) -> dict[str, float]:
+    """Return the loss terms of an epoch with their sum, `total`, in front."""
     return {"total": sum(losses.values()), **losses}
 
 
-def draw_curve(points, label):
-    """[(epoch, value)] -> PNG bytes."""
+def draw_curve(points: list[tuple[int, float]], label: str) -> bytes:
+    """Plot (epoch, value) points, and return a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - takes half a second, at the end of an epoch
     from matplotlib.figure import Figure  # noqa: PLC0415
 

@@ -6,7 +6,9 @@ import csv
 import io
 import logging
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,13 +16,16 @@ import option
 from option_types import parse_labelled
 from system.errors import UserError, run, writing
 
+if TYPE_CHECKING:
+    from data import Images
+
 log = logging.getLogger("sr")
 CROP = 96  # HR pixels a side
 COLUMNS = "network", "dataset", "psnr", "ssim", "parameters", "ms_per_image"
 
 
 def main() -> int:
-    """Compare as the flags state, and return the exit status; raises UserError."""
+    """Compare the checkpoints that the flags name, and return the exit status; raises UserError."""
     args = option.parse(training=False)
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
     from data import make_benchmarks  # noqa: PLC0415
@@ -41,7 +46,7 @@ def main() -> int:
     rows = []
     for images in benchmarks:
         for label, upscale in methods.items():
-            # the first call of a network sets it up, which its time should not include
+            # a warm-up: the first forward pass takes longer, which the time should not include
             evaluation.upscale_image(upscale, images, 0, images.lr(0))
             score = evaluation.score(upscale, images)
             if score.psnr is None:
@@ -63,8 +68,11 @@ def main() -> int:
 
 
 def load(args: SimpleNamespace) -> dict:
-    """Return {label: network} of --ckp_path LABEL=FILE+..., where FILE may be a teacher's name; raises UserError."""
-    from model import load_as_told, load_model  # noqa: PLC0415
+    """Load the networks of --ckp_path LABEL=FILE+..., where FILE may be a teacher's name; raises UserError.
+
+    Returns {label: network}.
+    """
+    from model import load_model, load_with_flags  # noqa: PLC0415
     from model.teachers import teacher_path  # noqa: PLC0415
 
     named = parse_labelled(args.ckp_path)
@@ -75,15 +83,19 @@ def load(args: SimpleNamespace) -> dict:
     nets = {}
     for label, name in named.items():
         path = teacher_path(name, args.scale, "--ckp_path")
-        nets[label] = load_as_told(path, args) if path == name else load_model(path)
+        nets[label] = load_with_flags(path, args) if path == name else load_model(path)
     if len({net.scale for net in nets.values()}) > 1:
         scales = ", ".join(f"{label} x{net.scale}" for label, net in nets.items())
         raise UserError(f"--ckp_path: the checkpoints are for different scales, {scales}; compare those of one scale")
     return nets
 
 
-def picture(images, methods: dict, most: int = 4) -> bytes:
-    """Draw a PNG: a row for each of the first images, the crop with bicubic's largest error by every method, with PSNR."""
+def picture(images: "Images", methods: dict[str, Callable], most: int = 4) -> bytes:
+    """Draw crops of the results, and return a PNG file.
+
+    images: a test set, of which the first `most` images are shown, one in a row. methods: {label: function that upscales an
+    image}, a column each, with the PSNR. The crop is the one where bicubic upscaling has the largest error.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -117,7 +129,7 @@ def hardest(hr: np.ndarray, sr: np.ndarray) -> tuple[slice, slice]:
 
 def crop_psnr(sr: np.ndarray, hr: np.ndarray) -> float:
     """Return the PSNR in dB of a crop of H x W x 3 uint8 images."""
-    from metric import psnr  # noqa: PLC0415 - brings scikit-image
+    from metric import psnr  # noqa: PLC0415 - imports scikit-image, which takes a second
     return psnr(np.ascontiguousarray(sr), np.ascontiguousarray(hr), 0)
 
 

@@ -1,5 +1,6 @@
 """One step of distillation as a module: views of a batch -> student and teacher -> loss."""
 import logging
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -17,12 +18,12 @@ log = logging.getLogger("sr")
 
 
 class Distiller(nn.Module):
-    """The computation of a training step, a module that DistributedDataParallel and torch.compile can wrap.
+    """The computation of a training step, a module that DistributedDataParallel can wrap.
 
-    student, teachers: networks of model/; of several teachers one is drawn for each batch. loss: the weighted terms.
-    upcycle: pairs of weight and name of the views beside the original batch (data/views.py), n_zoom_in: tiles per image.
-    label_consistency: probability of each operation on the student's inputs. Images reach the networks in [0, rgb_range].
-    precision: single, half or bf16, that of the networks' arithmetic.
+    student, teachers: networks of model/; if there are several teachers, one is drawn at random for each batch. loss: the
+    weighted terms. upcycle: pairs of weight and name of the views beside the original batch (data/views.py). n_zoom_in:
+    tiles per image. label_consistency: probability of each operation on the student's inputs (loss/consistency.py).
+    rgb_range: maximum of the images that the networks take. precision: single, half or bf16, that of the networks.
     """
 
     def __init__(self, student: nn.Module, teachers: Sequence[nn.Module], loss: Loss, *, upcycle: Sequence = (),
@@ -31,9 +32,9 @@ class Distiller(nn.Module):
         self.student, self.teachers, self.loss = student, nn.ModuleList(teachers), loss
         self.make_views = partial(make_views, scale=student.scale, upcycle=upcycle, n_zoom_in=n_zoom_in)
         self.label_consistency, self.rgb_range, self.precision = label_consistency, rgb_range, precision
-        self.compiled = {}  # network -> its compiled form; compiled for training only, not for test images of any size
-        own = set(student.parameters())  # a student that is a slice of its teacher shares the teacher's weights
-        for parameter in set(self.teachers.parameters()) - own:
+        self.compiled = {}  # network: its compiled form, for training only: test images have many sizes
+        trained = set(student.parameters())  # include those of a teacher of which the student is a slice
+        for parameter in set(self.teachers.parameters()) - trained:
             parameter.requires_grad_(False)
         self.teachers.eval()
 
@@ -43,13 +44,13 @@ class Distiller(nn.Module):
         return next(self.student.parameters()).device
 
     def train(self, mode: bool = True) -> "Distiller":
-        """Set the mode of the student; teachers and feature networks remain in evaluation mode."""
+        """Set the mode of the student; teachers and the networks of the loss remain in evaluation mode."""
         self.training = mode
         self.student.train(mode)
         return self
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return what the student's optimiser trains: the student, and terms with parameters of their own."""
+        """Return the parameters for the optimiser: those of the student, and of loss terms that have some."""
         return [parameter for parameter in (*self.student.parameters(), *self.loss.trainable_parameters())
                 if parameter.requires_grad]
 
@@ -59,7 +60,7 @@ class Distiller(nn.Module):
 
         lr: uint8 N x 3 x H x W; hr: uint8 N x 3 x sH x sW; teacher_outputs: cached outputs of k teachers, int16
         N x 3k x sH x sW (data/teacher_cache.py). Returns the loss, the weighted value of each term without a graph, and the
-        detached inputs of the original view, for `loss.update` after the optimiser step.
+        detached inputs of the original batch, for `loss.update` after the optimiser step.
         """
         views = self.make_views(lr.to(self.device, non_blocking=True), hr.to(self.device, non_blocking=True))
         for view in views:
@@ -69,12 +70,12 @@ class Distiller(nn.Module):
         students = with_label_consistency(
             partial(forward_by_size, partial(self.run, self.student), features=features), inputs, self.label_consistency,
             self.rgb_range)
-        drawn = self.draw_teacher()
-        teacher = None if drawn is None else self.teachers[drawn]
+        number = self.draw_teacher()
+        teacher = None if number is None else self.teachers[number]
         cached = None
         if teacher_outputs is not None:
-            of_one = teacher_outputs[:, 3 * drawn:3 * drawn + 3].to(self.device, non_blocking=True)
-            cached = Output(self.to_input(decode(of_one)))
+            sr = teacher_outputs[:, 3 * number:3 * number + 3].to(self.device, non_blocking=True)
+            cached = Output(self.to_input(decode(sr)))
         outputs = self.teacher_outputs(teacher, inputs, features, needs, cached)
         steps = [LossInputs(view.lr, view.hr, student, output and output.detach(),
                             output.sr if "teacher_grad" in need else None, view.name, view.weight, iteration, teacher,
@@ -87,7 +88,7 @@ class Distiller(nn.Module):
                         needs: list[frozenset], cached: Output | None) -> list[Output | None]:
         """Compute the teacher's output on each view, None where no term needs it.
 
-        Has a graph only where a term trains the teacher. cached: the output on the original view, if it is known.
+        It has a graph only where a term trains the teacher. cached: the output on the original batch, if it is cached.
         """
         outputs = {0: cached} if cached else {}
         for graph in (False, True):
@@ -100,13 +101,13 @@ class Distiller(nn.Module):
         return [outputs.get(index) for index in range(len(inputs))]
 
     def draw_teacher(self) -> int | None:
-        """Draw the index of this batch's teacher; None where no term needs one."""
+        """Draw the index of the teacher for a batch; None where no term needs one."""
         if len(self.teachers) > 1:
             return int(torch.randint(len(self.teachers), ()))
         return 0 if self.teachers else None
 
     def run(self, net: nn.Module, lr: torch.Tensor, features: bool) -> Output:
-        """Run a network, with its feature maps if `features`, in the precision of the run."""
+        """Run a network in the precision of the run; `features`: whether to return its feature maps too."""
         with autocast(self.device, self.precision):
             out = self.compiled.get(net, net)(lr, features=features)
         return Output(*out) if features else Output(out)
@@ -117,9 +118,9 @@ class Distiller(nn.Module):
         return x * (self.rgb_range / 255) if self.rgb_range != 255 else x
 
     def compile_networks(self, images: int, side: int) -> None:
-        """Compile student and teachers with torch.compile; one that cannot be compiled runs as it is, which is logged.
+        """Compile student and teachers with torch.compile; one that cannot be compiled runs uncompiled, which is logged.
 
-        images, side: of a batch of LR crops, on which each network is tried.
+        images, side: size of a batch of LR crops and their side, with which each compiled network is tested.
         """
         lr = self.to_input(torch.zeros(images, 3, side, side, device=self.device))
         needs = self.loss.needs_on("original", True)
@@ -131,14 +132,14 @@ class Distiller(nn.Module):
                     output = self.run(net, lr, "features" in needs)
                 if trained:
                     torch.autograd.backward([x.sum() for x in (output.sr, *output.features)])
-            except Exception as error:  # of the compiler, its back ends or the system: there is no common class
+            except Exception as error:  # the compiler and its back ends raise exceptions without a common class
                 del self.compiled[net]
                 reason = " ".join(str(error).split())[:100]
-                log.info("--compile: %s cannot be compiled here and runs as it is (%s ...)", type(net).__name__, reason)
+                log.info("--compile: %s cannot be compiled here and runs uncompiled (%s ...)", type(net).__name__, reason)
             self.zero_grad(set_to_none=True)
 
 
-def build_distiller(args, student: nn.Module, teachers: Sequence[nn.Module], loss: Loss) -> Distiller:
+def build_distiller(args: Namespace, student: nn.Module, teachers: Sequence[nn.Module], loss: Loss) -> Distiller:
     """Build a Distiller from the flags."""
     return Distiller(student, teachers, loss, upcycle=args.upcycle, n_zoom_in=args.n_zoom_in,
                      label_consistency=args.label_consistency, rgb_range=args.rgb_range, precision=args.precision)

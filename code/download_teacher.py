@@ -1,4 +1,4 @@
-"""Entry of scripts/download_teacher.sh: downloads released checkpoints and checks that they load."""
+"""Download released checkpoints and check that they load; run by scripts/download_teacher.sh."""
 import argparse
 import hashlib
 import logging
@@ -19,15 +19,15 @@ VARIABLE = "TEACHER_URL"
 
 
 def provide(release: Release, folder: Path) -> str:
-    """Download a file that `folder` does not hold, and return a line on what is in it.
+    """Download a file unless `folder` holds it, and return its path with a description of the network in it.
 
-    The file gets its name only after it has been loaded. Raises UserError, also for a file behind a page, and
-    CalledProcessError where fetch.sh has failed and printed why.
+    The file is renamed to its final name only after it has been loaded. Raises UserError, also for a file that is linked
+    from a page, and CalledProcessError where fetch.sh has failed and printed why.
     """
     target = folder / release.file
     if target.is_file():
         return f"{target}: {check(release, target)}"
-    site = os.environ.get(VARIABLE) or release.where
+    site = os.environ.get(VARIABLE) or release.site
     if not site.startswith(("http://", "https://")):
         raise UserError(f"{release.title}: cannot be downloaded directly; follow the links on {site}, save it as {target}")
     url, part = f"{site.rstrip('/')}/{release.file}", folder / f"{release.file}.part"
@@ -36,7 +36,7 @@ def provide(release: Release, folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["bash", ROOT / "scripts" / "fetch.sh", url, part, VARIABLE], check=True)
     try:
-        digits = re.search(r"-([0-9a-f]{8})\.pth?$", release.file)  # torch.hub's convention: the sha256 begins with them
+        digits = re.search(r"-([0-9a-f]{8})\.pth?$", release.file)  # torch.hub's convention: the first digits of the sha256
         if digits and not hashlib.sha256(part.read_bytes()).hexdigest().startswith(digits[1]):
             raise UserError(f"the sha256 does not begin with {digits[1]}")
         contents = check(release, part)
@@ -49,7 +49,7 @@ def provide(release: Release, folder: Path) -> str:
 
 
 def check(release: Release, path: Path) -> str:
-    """Describe the network in the file; raises CheckpointError where it is another one, or one of another scale."""
+    """Describe the network in the file; raises CheckpointError where it is another one or of another scale."""
     from model import load_model  # noqa: PLC0415 - --help and the list of names should not wait for torch
     from model.loading import CheckpointError, read_checkpoint  # noqa: PLC0415
 
@@ -63,10 +63,10 @@ def check(release: Release, path: Path) -> str:
 
 
 def listing() -> str:
-    """Return the table of names, files and where they are published."""
-    rows = [(release.title, release.file, release.where) for release in RELEASED.values()]
+    """Format the table of names, files and addresses."""
+    rows = [(release.title, release.file, release.site) for release in RELEASED.values()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(f"  {title:<{widths[0]}}  {file:<{widths[1]}}  {where}" for title, file, where in rows)
+    return "\n".join(f"  {title:<{widths[0]}}  {file:<{widths[1]}}  {site}" for title, file, site in rows)
 
 
 def main() -> int:
@@ -74,12 +74,12 @@ def main() -> int:
     parser = Parser(prog="bash scripts/download_teacher.sh", formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False,
                     description="Downloads released checkpoints, checks that they load, and puts them where --teacher finds "
-                                "them.\nFor those behind a page it prints the page and the name to save the file as.",
+                                "them.\nFor a file that a page links to, prints the page and the file name to save it as.",
                     epilog=f"environment variable {VARIABLE}: address of another folder to download all files from\n\n"
-                           f"names, files, and where they are published (https://: downloaded from there):\n{listing()}")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to download; without any, lists the names")
+                           f"names, files, and addresses (https://: folders; others: pages with links):\n{listing()}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to download (default: none, list the names)")
     parser.add_argument("--dir", metavar="FOLDER", default=ROOT / "teacher_checkpoint", type=home_path,
-                        help="where to put them (default: %(default)s)")
+                        help="folder for the checkpoints (default: %(default)s)")
     args = parser.parse_intermixed_args()
     for name in args.names:
         if name not in RELEASED:

@@ -1,24 +1,27 @@
 """Scoring a network on test sets, and writing its images in the background.
 
-The PSNR of a test set is the mean over its images, except those that are reproduced exactly: their PSNR is infinite, and
-with it the mean would be. The log then has a line with their number. Only where all images are exact is the mean infinite.
-Exact images do count, with 1, in the mean SSIM.
+The PSNR of a test set is the mean over its images, except those that are reproduced exactly, whose PSNR is infinite: a line
+of the log states their number. The mean is infinite only where all images are exact. The mean SSIM includes exact images.
 """
 import logging
 import math
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryFile
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import inference
-from data import degrade
+from data import Images, degrade
 from data.image import write_image
 from metric import psnr, ssim
 from system import distributed
@@ -30,26 +33,29 @@ log = logging.getLogger("sr")
 
 @dataclass
 class Score:
-    """Means over a test set, psnr (dB) without exact images, ssim (0..1); both None where there is no ground truth."""
+    """Means over a test set: PSNR in dB, without exact images, and SSIM in 0..1; both None without ground truth."""
+
     dataset: str
     images: int
     psnr: float | None
     ssim: float | None
-    seconds: float  # per image, of the network alone
+    seconds: float  # per image, of the upscaling alone
 
 
-def by_network(net, device, args, label=None):
-    """Function that upscales a uint8 H x W x 3 image with the network, as --precision, --chop and --self_ensemble say.
+def by_network(net: nn.Module, device: torch.device, args: Namespace,
+               label: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that upscales a uint8 H x W x 3 image with the network.
 
-    It raises FloatingPointError, with the label of the network, where an output is NaN or infinite.
+    It applies --precision, --chop and --self_ensemble, and raises FloatingPointError, with the label of the network, where
+    an output is NaN or infinite.
     """
     def upscale(lr):
-        # a tiled image stays in main memory: only its tiles are on the device
+        # a tiled image stays in main memory, and only its tiles are moved to the device
         x = torch.from_numpy(np.array(lr)).permute(2, 0, 1)[None].to("cpu" if args.chop else device).float()
         x = x * (net.rgb_range / 255) if net.rgb_range != 255 else x
         with autocast(device, args.precision):
             sr = inference.upscale(net, x, args.chop, args.self_ensemble, args.chop_mem and 1e9 * args.chop_mem)
-        if not torch.stack(sr.aminmax()).isfinite().all():  # one pass; any NaN becomes minimum and maximum
+        if not torch.stack(sr.aminmax()).isfinite().all():  # one pass: NaN propagates to both
             advice = "use --precision single or bf16" if args.precision == "half" else "its weights do not suit this image"
             raise FloatingPointError(f"the output of {label or type(net).__name__} is NaN or infinite in --precision "
                                      f"{args.precision}; {advice}")
@@ -57,28 +63,33 @@ def by_network(net, device, args, label=None):
     return upscale
 
 
-def by_bicubic(scale):
+def by_bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that upscales a uint8 H x W x 3 image bicubically."""
     return partial(degrade.upscale, scale=scale)
 
 
-def upscale_image(upscale, images, index, lr):
-    """Apply `upscale` to the LR image of that index; raises UserError, with its name, where the output is not finite."""
+def upscale_image(upscale: Callable, images: Images, index: int, lr: np.ndarray) -> np.ndarray:
+    """Apply `upscale` to an LR image; raises UserError, with its file name, where the output is not finite.
+
+    index: that of the image in `images`.
+    """
     try:
         return upscale(lr)
     except FloatingPointError as error:
         raise UserError(f"{images.pairs[index].lr or images.pairs[index].hr}: {error}") from None
 
 
-def score(upscale, images, writer=None, stop=lambda: False):
-    """Applies `upscale` to each of `images` -> Score, None where stop() became true; `writer` gets each result.
+def score(upscale: Callable, images: Images, writer: "Writer | None" = None,
+          stop: Callable[[], int] = lambda: False) -> Score | None:
+    """Score `upscale` on a test set, and write the SR images with `writer`; return None if stop() became true.
 
-    Under several processes each takes a part of the images; the Score is that of all.
+    Several processes divide the images among themselves; the Score is that of all images.
     """
     psnrs, ssims, seconds, stopped = [], [], 0.0, 0
     if writer:
         writer.prepare(images)
-    share = range(distributed.rank(), len(images), distributed.world_size())
-    for index in tqdm(share, f"testing {images.name}", unit="image", leave=False,
+    shard = range(distributed.rank(), len(images), distributed.world_size())
+    for index in tqdm(shard, f"testing {images.name}", unit="image", leave=False,
                       mininterval=0.1 if sys.stderr.isatty() else 30):
         stopped = int(stop())
         if stopped:
@@ -110,10 +121,10 @@ def score(upscale, images, writer=None, stop=lambda: False):
     return Score(images.name, len(images), psnr_mean, ssim_mean, seconds / len(images))
 
 
-def best(history):
-    """Return {dataset: (PSNR, epoch)} of the epoch with the highest PSNR, the first of several; NaN is never best.
+def best(history: list[dict]) -> dict[str, tuple[float, int]]:
+    """Return {dataset: (PSNR, epoch)} of the epoch with the highest PSNR, the first of equal ones; NaN is never the highest.
 
-    history: a dict for each epoch, as `Trainer.test_epoch` records it. The data sets are those of the last epoch.
+    history: a dict for each epoch, as `Trainer.test_epoch` records it. The test sets are those of the last epoch.
     """
     found = {}
     for name in history[-1]["scores"]:
@@ -126,9 +137,10 @@ def best(history):
 
 class Writer:
     """Writes test images to folder/results-DATASET/ in the background; leaving the `with` waits for the last one."""
-    LIMIT = 16  # images that may wait to be written: what bounds the memory
 
-    def __init__(self, folder, save_gt):
+    LIMIT = 16  # images that may wait to be written, which bounds the memory
+
+    def __init__(self, folder: Path, save_gt: bool):
         self.folder, self.save_gt = folder, save_gt
         self.pool = ThreadPoolExecutor(max_workers=2)
         self.waiting = []
@@ -143,18 +155,20 @@ class Writer:
         finally:
             self.pool.shutdown(cancel_futures=True)
 
-    def folder_of(self, images):
+    def folder_of(self, images: Images) -> Path:
+        """Return the folder for the results on a test set."""
         return self.folder / f"results-{images.name}"
 
-    def prepare(self, images):
-        """Makes the folder of a test set; raises UserError, better before the upscaling than after it."""
+    def prepare(self, images: Images) -> None:
+        """Make the folder of a test set; raises UserError, before the upscaling, where it cannot be written to."""
         folder = self.folder_of(images)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=folder):
                 pass
 
-    def write(self, images, index, name, sr, lr, hr):
+    def write(self, images: Images, index: int, name: str, sr: np.ndarray, lr: np.ndarray, hr: np.ndarray | None) -> None:
+        """Write an SR image, with the alpha channel of its LR image if there is one, and with --save_gt also LR and HR."""
         alpha = images.alpha(index)
         if alpha is not None:
             sr = np.dstack([sr, degrade.upscale(alpha[..., None], images.scale)])
@@ -166,8 +180,8 @@ class Writer:
             self.waiting.pop(0).result()
 
 
-def table(scores, best=None):
-    """Scores as lines of text; best: {dataset: (PSNR, epoch)} adds a column."""
+def table(scores: Sequence[Score], best: dict[str, tuple[float, int]] | None = None) -> str:
+    """Format scores as lines of text; `best`, as `best()` returns it, adds two columns."""
     header = f"{'dataset':<16}{'images':>7}{'PSNR':>9}{'SSIM':>9}{'ms/image':>10}"
     lines = [header + (f"{'best':>9}{'epoch':>7}" if best else "")]
     for s in scores:

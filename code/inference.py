@@ -1,4 +1,4 @@
-"""Inference with a trained network: whole images, overlapping tiles (--chop), and self-ensemble (--self_ensemble)."""
+"""Inference with a trained network: full images, overlapping tiles (--chop), and self-ensemble (--self_ensemble)."""
 import logging
 from collections import defaultdict
 from collections.abc import Callable

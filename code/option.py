@@ -9,7 +9,6 @@ from pathlib import Path, PurePath
 from typing import NoReturn
 
 import config
-
 from option_types import (
     decay_factor,
     expanded,
@@ -43,7 +42,6 @@ from option_types import (
     size,
     window,
 )
-
 from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent

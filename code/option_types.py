@@ -1,6 +1,7 @@
-"""Types of the flags: each function parses one flag's value and states in its error what the flag accepts. Imports no torch.
+"""Types of the flags: each function parses the value of a flag, and its error states which values are valid.
 
-Sizes and counts have upper bounds, beyond which PyTorch ends with a traceback or fills the memory.
+Sizes and counts have upper bounds, beyond which PyTorch raises an error or fills the memory. This file does not import
+torch, so that --help is instant.
 """
 import argparse
 import math
@@ -13,7 +14,7 @@ from system.errors import UserError
 RDN_NAMES = {"20,6,32": "A", "16,8,64": "B"}
 SCALES = 2, 3, 4, 8
 VIEWS = "zoom_in", "zoom_out"
-LARGEST = 1e30  # float32 ends soon after, and PyTorch's optimisers end with a traceback
+LARGEST = 1e30  # float32 ends at 3e38, and PyTorch's optimisers raise an error where products overflow
 MAX_COUNT = 10**9  # iterations, epochs, lines of the log
 MAX_SIZE = 65536  # pixels, channels, blocks
 
@@ -46,12 +47,12 @@ def window(string: str) -> int:
 
 
 def repeats(string: str) -> int:
-    """Parse how often something is repeated in each iteration, 1 or more."""
+    """Parse a number of repetitions per iteration, 1 or more."""
     return _whole(string, 1, 1000)
 
 
 def repeats_or_none(string: str) -> int:
-    """Parse how often something is repeated in each iteration, 0 or more."""
+    """Parse a number of repetitions per iteration, 0 or more."""
     return _whole(string, 0, 1000)
 
 
@@ -129,7 +130,7 @@ def _number(string, kind, is_valid, description):
 # ---- lists
 
 def parse_list(string: str) -> list[str]:
-    """Parse '[A,B]', 'A,B' or 'A+B' as ['A', 'B']; the path of an existing file stays whole, whatever is in its name."""
+    """Parse '[A,B]', 'A,B' or 'A+B' as ['A', 'B']; the path of an existing file is not divided."""
     if os.path.exists(string):
         return [string]
     names = [name.strip() for name in re.split(r"[,+]", string.strip().removeprefix("[").removesuffix("]"))]
@@ -181,7 +182,7 @@ def parse_features(string: str) -> list[int]:
 
 
 def parse_rdn_config(string: str) -> str:
-    """Parse 'A', 'B' or 'D,C,G', which becomes the name if it has one, as checkpoint files hold it."""
+    """Parse 'A', 'B' or 'D,C,G', which becomes A or B if it is one of them, as in checkpoint files."""
     config = string.strip("[()] ").replace(" ", "")
     if config not in RDN_NAMES.values() and not re.fullmatch("[1-9][0-9]{0,4}(,[1-9][0-9]{0,4}){2}", config):
         raise argparse.ArgumentTypeError(f"{string!r} is neither A, B nor three numbers D,C,G such as 16,8,64")
@@ -189,7 +190,7 @@ def parse_rdn_config(string: str) -> str:
 
 
 class Iterations(list):
-    """Steps of --decay that are counted in iterations, not in epochs."""
+    """Steps of --decay in iterations instead of epochs."""
 
     def __repr__(self):
         return "-".join(map(str, self)) + "it"
@@ -219,7 +220,10 @@ def parse_betas(string: str) -> tuple[float, float]:
 # ---- the loss string
 
 def parse_loss(string: str, what: str = "loss", item: str = "TERM") -> list[tuple[float, str]]:
-    """Parse '0.5*DS+1e-3*GAN' as [(0.5, 'DS'), (0.001, 'GAN')]; raises ValueError, which calls the string `what`."""
+    """Parse '0.5*DS+1e-3*GAN' as [(0.5, 'DS'), (0.001, 'GAN')]; raises ValueError.
+
+    what, item: names of the string and its entries in the error message.
+    """
     terms = []
     for part in re.split(r"(?<![0-9.][eE])\+", string.replace(" ", "")):
         match = re.fullmatch(r"(?:([0-9.]+(?:[eE][+-]?[0-9]+)?)\*)?([A-Za-z_]\w*)", part)
@@ -272,7 +276,7 @@ def home_path(string: str) -> Path:
 def parse_labelled(string: str) -> dict[str, str]:
     """Parse --ckp_path of several checkpoints, 'LABEL=A+B', as {label: path}; raises UserError.
 
-    The label of a file without one is the shortest end of its path that no other file has.
+    A file without a label is labelled with the shortest end of its path that is unique.
     """
     if not string:
         return {}

@@ -1,6 +1,6 @@
-"""Released checkpoints: names for --teacher and scripts/download_teacher.sh, file names, and where they are published.
+"""Released checkpoints: names for --teacher and scripts/download_teacher.sh, file names, and addresses.
 
-Imports no torch, so that --help is instant.
+This file does not import torch, so that --help is instant.
 """
 from typing import NamedTuple
 
@@ -11,22 +11,22 @@ FAKD_PAGE = "github.com/Vincent-Hoo/Knowledge-Distillation-for-Super-resolution"
 
 
 class Release(NamedTuple):
-    """A published file; `where` is the https:// folder that it can be downloaded from, or else the page that links to it."""
+    """A published file; `site`: the https:// folder that it can be downloaded from, or else the page that links to it."""
 
     name: str
     scales: tuple
     file: str
-    where: str
+    site: str
 
     @property
     def title(self) -> str:
-        """Return the name for scripts/download_teacher.sh: with its scale (EDSR_x2), or without one if not of one scale."""
+        """Return the name for scripts/download_teacher.sh, with the scale (EDSR_x2) if it is of a single one."""
         return f"{self.name}_x{self.scales[0]}" if len(self.scales) == 1 else self.name
 
 
-def each_scale(name: str, file: str, where: str, scales: tuple = (2, 3, 4)) -> list[Release]:
+def each_scale(name: str, file: str, site: str, scales: tuple = (2, 3, 4)) -> list[Release]:
     """Return a Release for each scale; `file` contains {scale}."""
-    return [Release(name, (scale,), file.format(scale=scale), where) for scale in scales]
+    return [Release(name, (scale,), file.format(scale=scale), site) for scale in scales]
 
 
 TEACHERS = [
@@ -58,7 +58,7 @@ LOSS_NETWORKS = [  # fixed feature extractors of loss terms: VGG and CSD, DCR an
 RELEASED = {release.title: release for release in TEACHERS + LOSS_NETWORKS}
 
 # Other file names of teachers: those of FAKD and BasicSR, and of the small teachers trained in this project.
-ALSO = {
+OTHER_FILES = {
     "EDSR": ("EDSR_BIX{scale}.pt", "EDSR_Lx{scale}_f256b32_DIV2K_official-*.pth"),
     "RCAN": ("RCAN_compact_x{scale}.pt",),
     "SAN": ("SAN_BI{scale}X.pt",),
@@ -68,4 +68,4 @@ ALSO = {
 def files_of(name: str, scale: int) -> list[str]:
     """Return glob patterns of the file names of a teacher of that scale, in the order of preference."""
     files = [release.file for release in TEACHERS if release.name == name and scale in release.scales]
-    return files + [pattern.format(scale=scale) for pattern in ALSO.get(name, ())]
+    return files + [pattern.format(scale=scale) for pattern in OTHER_FILES.get(name, ())]

@@ -1,5 +1,6 @@
-"""The state of a training run, from which `--resume` continues it bit by bit."""
+"""The training state, from which --resume continues a run with bit-identical results."""
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -8,17 +9,20 @@ from model import describe
 from system.errors import UserError
 from system.state import check_like, load_optimizer
 
+if TYPE_CHECKING:
+    from trainer import Trainer
 
-def identity_of(trainer) -> dict:
-    """Return what a resumed run must have in common with the run that it continues."""
+
+def identity_of(trainer: "Trainer") -> dict:
+    """Return the properties that must be equal in a resumed run and the run that it continues."""
     first_test_set = next((f"{images.name}, {len(images)} images" for images in trainer.benchmarks
-                           if any(pair.hr for pair in images.pairs)), None)  # by which model_best.pt is chosen
+                           if any(pair.hr for pair in images.pairs)), None)  # its PSNR decides which model is the best
     return {"network": describe(trainer.student), "loss": "+".join(trainer.loss.names),
             "optimizer": trainer.args.optimizer, "first test set": first_test_set}
 
 
-def state_of(trainer) -> dict:
-    """Return the state of a `Trainer`: weights, optimisers, moving average, random numbers, history."""
+def state_of(trainer: "Trainer") -> dict:
+    """Return the state of a `Trainer`: weights, optimisers, EMA, random number generators, history."""
     return dict(
         identity=identity_of(trainer), iteration=trainer.iteration, history=trainer.history, sums=trainer.sums,
         student=trainer.student.state_dict(), loss=trainer.loss.state_dict(), optimizer=trainer.optimizer.state_dict(),
@@ -27,25 +31,25 @@ def state_of(trainer) -> dict:
         random_cuda=torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None)
 
 
-def load_state(trainer, state: dict, path: Path) -> None:
-    """Continue from what `state_of` returned, read from `path`; the flags of the resumed run decide its settings.
+def load_state(trainer: "Trainer", state: dict, path: Path) -> None:
+    """Load a state that `state_of` returned and that was read from `path`; settings are those of the resumed run's flags.
 
-    Raises UserError, before anything is changed, where the state is of another run, damaged, or does not fit the flags.
+    Raises UserError where the state is of another run, damaged, or does not fit the flags.
     """
     own, args = state_of(trainer), trainer.args
     try:
         before = {**own["identity"], **state["identity"]}
         for name, value in own["identity"].items():
             if before[name] != value:
-                raise UserError(f"--resume 1: the run in {path.parent} was another one ({name}: {before[name]}, not "
-                                f"{value}); resume it with its own flags, see config.txt there")
+                raise UserError(f"--resume 1: the run in {path.parent} is another one ({name}: {before[name]}, not "
+                                f"{value}); resume it with its own flags, see its config.txt")
         for name in ("iteration", "student", "loss", "sums", "random"):
             check_like(state[name], own[name], name)
         check_history(state["history"], trainer.loss.names, state["iteration"])
         trainer.student.load_state_dict(state["student"])
         trainer.loss.load_state_dict(state["loss"])
         if trainer.ema:
-            ema = state["student"] if state["ema"] is None else state["ema"]  # --ema may be new
+            ema = state["student"] if state["ema"] is None else state["ema"]  # --ema was not given before
             check_like(ema, own["ema"], "ema")
             trainer.ema.load_state_dict(ema)
         load_optimizer(trainer.optimizer, state["optimizer"])
@@ -59,8 +63,8 @@ def load_state(trainer, state: dict, path: Path) -> None:
             torch.cuda.set_rng_state(state["random_cuda"], trainer.device)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not the state of such a run ({reason}); resume it with its own flags, see config.txt "
-                        "there, or start it anew with --reset") from None
+        raise UserError(f"{path}: not the state of such a run ({reason}); resume it with its own flags, see its config.txt, "
+                        "or start it anew with --reset") from None
     done, every = len(trainer.history), args.test_every
     if trainer.iteration > trainer.iterations or not done * every <= trainer.iteration <= (done + 1) * every:
         raise UserError(f"--resume 1: the run is at iteration {trainer.iteration} after {done} epochs, which does not fit "

@@ -1,5 +1,6 @@
 """The optimiser and the learning rate of each iteration."""
 import math
+from argparse import Namespace
 from collections.abc import Iterable
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from option_types import Iterations
 
 
-def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(args: Namespace, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Build the optimiser of --optimizer with its flags."""
     shared = dict(lr=args.lr, weight_decay=args.weight_decay)
     if args.optimizer == "ADAM":
@@ -18,10 +19,10 @@ def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Opti
     return torch.optim.RMSprop(parameters, momentum=args.momentum, eps=args.epsilon, **shared)
 
 
-def learning_rate(args, iteration: int) -> float:
-    """Return the learning rate of an iteration in 0 .. epochs x test_every - 1, which depends on nothing else.
+def learning_rate(args: Namespace, iteration: int) -> float:
+    """Return the learning rate of an iteration in 0 .. epochs x test_every - 1.
 
-    Over the first --warmup iterations it rises linearly, and reaches its value in the last of them; a cosine begins after.
+    Over the first --warmup iterations it rises linearly to its full value, in the last of them; cosine decay begins after.
     """
     if iteration < args.warmup:
         return _after_warmup(args, iteration) * (iteration + 1) / args.warmup

@@ -14,7 +14,7 @@ def main() -> int:
     args = option.parse(training=False)
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
     from data import make_benchmarks  # noqa: PLC0415
-    from model import describe, load_as_told  # noqa: PLC0415
+    from model import describe, load_with_flags  # noqa: PLC0415
     from model.teachers import teacher_path  # noqa: PLC0415
     from system.device import pick_device  # noqa: PLC0415
     from system.logger import start_logging  # noqa: PLC0415
@@ -25,14 +25,14 @@ def main() -> int:
     if not args.ckp_path and len(args.teacher) > 1:
         raise UserError(f"--teacher [{','.join(args.teacher)}]: give one teacher; compare.py scores several")
     path = Path(args.ckp_path or teacher_path(args.teacher[0], args.scale))
-    net = load_as_told(path, args)
+    net = load_with_flags(path, args)
     args.scale = net.scale
     benchmarks = make_benchmarks(args)
     device = pick_device(args)
     net.to(device)
     log.info("%s: %s", path, describe(net))
 
-    folder = option.ROOT / "experiment" / args.ckp_dir if "ckp_dir" in args.given else folder_beside(path)
+    folder = option.ROOT / "experiment" / args.ckp_dir if "ckp_dir" in args.given else results_folder(path)
     demo = "Demo" in args.data_test
     upscale = evaluation.by_network(net, device, args)
     with evaluation.Writer(folder, args.save_gt) if args.save_results or demo else nullcontext() as writer:
@@ -44,11 +44,12 @@ def main() -> int:
     return 0
 
 
-def folder_beside(path: Path) -> Path:
-    """Return the folder for the images of a checkpoint: that of its run if it has one, else experiment/<its name>."""
-    run_of = path.resolve().parent.parent
-    is_of_a_run = path.match("model_*.pt") and path.resolve().parent.name == "model" and (run_of / "config.txt").is_file()
-    return run_of if is_of_a_run else option.ROOT / "experiment" / path.stem
+def results_folder(path: Path) -> Path:
+    """Return the folder for the results of a checkpoint: that of its run if there is one, else experiment/<file name>."""
+    run_folder = path.resolve().parent.parent
+    is_of_a_run = (path.match("model_*.pt") and path.resolve().parent.name == "model"
+                   and (run_folder / "config.txt").is_file())
+    return run_folder if is_of_a_run else option.ROOT / "experiment" / path.stem
 
 
 if __name__ == "__main__":

@@ -1,22 +1,29 @@
-"""Distils a student from teachers: data, networks, loss, trainer. Run from this folder: python train.py --help"""
+"""Distil a student from teachers: data, networks, loss, trainer. Run from this folder: `python train.py --help`."""
 import logging
 import os
 import signal
+from argparse import Namespace
 from contextlib import ExitStack
 
 import option
 from system.errors import UserError, is_distributed, is_rank_zero, run
 
 
-def main():
+def main() -> int:
+    """Train as the flags state, in this process or in --n_GPUs processes, and return the exit status; raises UserError."""
     args = option.parse()
     if args.n_GPUs > 1 and not is_distributed():
         from system.distributed import launch  # noqa: PLC0415
         return launch(args)
     if is_distributed():
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come once from each process
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every process prints PyTorch's warnings
     if not is_rank_zero():
-        os.environ["TQDM_DISABLE"] = "1"  # the main process alone shows bars
+        os.environ["TQDM_DISABLE"] = "1"  # progress bars come from rank 0 alone
+    return train(args)
+
+
+def train(args: Namespace) -> int:
+    """Build data, networks, loss and trainer from the flags, train, and return the exit status; raises UserError."""
     import torch  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for it
 
     import loss  # noqa: PLC0415
@@ -33,11 +40,11 @@ def main():
     start_logging()
     device = pick_device(args)
     distributed.connect(device.type)
-    with ExitStack() as ending:
+    with ExitStack() as stack:
         with distributed.rank_zero_first():
             distributed.check_batch_divisible(args)
             experiment = Experiment(args)
-            ending.callback(experiment.end)
+            stack.callback(experiment.end)
             torch.manual_seed(args.seed)
             student, teachers = make_networks(args, loss.needs_of(args.loss))
             context = loss.Context(args, student, teachers, device, views.plan(args))
@@ -62,5 +69,5 @@ def main():
 if __name__ == "__main__":
     try:
         run(main)
-    finally:  # Python prints a traceback where Ctrl-C meets it while it ends
+    finally:  # a Ctrl-C during the interpreter's shutdown would print a traceback
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,9 +1,11 @@
-"""The training loop: optimiser, schedule, EMA, logging, checkpoints. What a step computes is in distiller.py."""
+"""The training loop: optimiser, schedule, EMA, logging, checkpoints. The forward pass and the loss are in distiller.py."""
 import copy
 import logging
 import signal
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,7 +14,8 @@ from tqdm import tqdm
 
 import evaluation
 import resume
-from data import make_batches
+from checkpoint import Experiment
+from data import Crops, Images, make_batches
 from distiller import Distiller
 from loss import concatenate
 from schedule import learning_rate, make_optimizer
@@ -27,12 +30,13 @@ log = logging.getLogger("sr")
 class Trainer:
     """Train the student of a `Distiller` for --epochs epochs of --test_every iterations, each followed by a test."""
 
-    def __init__(self, args, distiller: Distiller, crops, benchmarks, experiment, device: torch.device):
+    def __init__(self, args: Namespace, distiller: Distiller, crops: Crops, benchmarks: list[Images], experiment: Experiment,
+                 device: torch.device):
         self.args, self.experiment, self.device = args, experiment, device
         self.crops, self.benchmarks = crops, benchmarks
         self.distiller = distiller.to(device, memory_format=torch.channels_last)
         self.student, self.loss = distiller.student, distiller.loss
-        self.parallel = distiller  # wrapped in `fit`, where all ranks are: rank 0 alone builds the trainer first
+        self.parallel = distiller  # wrapped in `fit`, which all ranks call at the same time; rank 0 builds its trainer first
         self.optimizer = make_optimizer(args, distiller.trainable_parameters())
         self.ema = copy.deepcopy(self.student).eval().requires_grad_(False) if args.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "half")
@@ -71,11 +75,11 @@ class Trainer:
         return len(self.history) >= self.args.epochs
 
     def interrupted(self) -> int:
-        """Return the exit status that a signal to any of the processes demands, else 0."""
+        """Return the exit status for a signal that any of the processes has received, else 0."""
         return distributed.all_reduce_max(self.interruption.status or (128 + signal.SIGTERM) * distributed.launcher_died())
 
-    def train_epoch(self, batches) -> bool:
-        """Train to the end of the epoch, part of which may be done already; return False if a signal interrupts it."""
+    def train_epoch(self, batches: Iterator) -> bool:
+        """Train to the end of the epoch, which may have begun before a resume; return False if a signal interrupts it."""
         args, start, end = self.args, self.iteration, (len(self.history) + 1) * self.args.test_every
         self.distiller.train()
         began = saved = time.monotonic()
@@ -109,20 +113,20 @@ class Trainer:
 
     @property
     def summed_iterations(self) -> int:
-        """The number of iterations in `sums`; --test_every may have changed since the last test."""
+        """The number of iterations in `sums`, which is not --test_every if a resumed run has changed that flag."""
         return self.iteration - (self.history[-1]["iteration"] if self.history else 0)
 
-    def step(self, lr, hr, teacher_outputs=None) -> torch.Tensor:
+    def step(self, lr: torch.Tensor, hr: torch.Tensor, teacher_outputs: torch.Tensor | None = None) -> torch.Tensor:
         """Update the student once, given a batch of `make_batches`; return the weighted values of the terms."""
         parts = self.args.split_batch
         inputs, values = [], 0
         self.optimizer.zero_grad(set_to_none=True)
         for index, part in enumerate(zip(*(x.chunk(parts) for x in (lr, hr, teacher_outputs) if x is not None))):
             with nullcontext() if index + 1 == parts or self.parallel is self.distiller else self.parallel.no_sync():
-                total, of_part, of_views = self.parallel(*part, iteration=self.iteration)
+                total, part_values, part_inputs = self.parallel(*part, iteration=self.iteration)
                 self.scaler.scale(total / parts).backward()
-            values = values + of_part / parts
-            inputs.append(of_views)
+            values = values + part_values / parts
+            inputs.append(part_inputs)
         inputs = concatenate(inputs)
         self.last_lr = inputs.lr
         for group in self.optimizer.param_groups:
@@ -147,19 +151,19 @@ class Trainer:
         if not torch.isfinite(self.sums).all():
             if distributed.rank():
                 sys.exit(2)  # as all ranks do; rank 0 reports it
-            raise UserError(f"the loss is not finite at iteration {self.iteration}: {self.format_terms(self.sums)}; what "
-                            f"was saved before is in {self.experiment.folder}; try a lower --lr, --gclip, or --precision "
+            raise UserError(f"the loss is not finite at iteration {self.iteration}: {self.format_terms(self.sums)}; the "
+                            f"last checkpoints are in {self.experiment.folder}; try a lower --lr, --gclip, or --precision "
                             "single")
 
     @torch.no_grad()
     def check_weights(self) -> None:
-        """Raise UserError, before anything is saved, if the last update made weights that give no finite image."""
+        """Raise UserError, before anything is saved, if the outputs are not finite after the last update of the weights."""
         self.check_loss()
         nets = [net for net in (self.student, self.ema) if net is not None]
         outputs = [self.distiller.run(net, self.last_lr, features=False).sr for net in nets if self.last_lr is not None]
         if not all(x.isfinite().all() for x in [*outputs, *self.loss.parameters()]):
-            raise UserError(f"the update of iteration {self.iteration} made weights that give no finite image (its "
-                            f"terms, summed over the epoch: {self.format_terms(self.sums)}); try a lower --lr, or --gclip")
+            raise UserError(f"after the update of iteration {self.iteration} the outputs are not finite (terms of the "
+                            f"loss, summed over the epoch: {self.format_terms(self.sums)}); try a lower --lr, or --gclip")
 
     def format_terms(self, values: torch.Tensor) -> str:
         """Format the sum of the terms and each of them."""
@@ -189,7 +193,7 @@ class Trainer:
             return
         best = evaluation.best(self.history)
         log.info("epoch %d\n%s", epoch, evaluation.table(scores, best))
-        # the first test set decides, as in EDSR; without ground truth the latest is the best
+        # the best model is chosen on the first test set, as in EDSR; without ground truth it is the latest
         first = next(iter(self.history[-1]["scores"]), None)
         self.experiment.save_models(tested, first is None or best.get(first, (0, 0))[1] == epoch, epoch)
         if self.ema:
@@ -198,13 +202,13 @@ class Trainer:
         self.save_state()
 
     def save_state(self) -> None:
-        """Save what a resumed run needs to end bit-identical."""
+        """Save the training state, from which a resumed run continues with bit-identical results."""
         if not distributed.rank():
             self.check_weights()
             self.experiment.save_state(resume.state_of(self))
 
 
 def bar(description: str, first: int, start: int, stop: int) -> tqdm:
-    """Return a progress bar over iterations first..stop, those before start done; it redraws rarely without a terminal."""
+    """Return a progress bar over iterations first..stop that begins at `start`; it redraws rarely without a terminal."""
     return tqdm(desc=description, total=stop - first, initial=start - first, unit="it", dynamic_ncols=True, leave=False,
                 mininterval=0.5 if sys.stderr.isatty() else 30, smoothing=0.05)

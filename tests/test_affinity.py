@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from conftest import ROOT
 from loss import affinity
 from loss.affinity import affinity_l1, sum_in_blocks
 from system.errors import UserError
 from system.memory import memory_from_shapes
-from torch.utils._python_dispatch import TorchDispatchMode
 
 CUBIC, RBF = (0.3, -0.5, 0.2, 0.7), tuple(math.exp(-1.4) * 1.4**p / math.factorial(p) for p in range(3))
 

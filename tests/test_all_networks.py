@@ -2,10 +2,11 @@
 import sys
 from types import SimpleNamespace
 
-import inference
-import option
 import pytest
 import torch
+
+import inference
+import option
 from checkpoint import save_model
 from loss import Context, LossInputs, Output, build_loss
 from model import NETWORKS, CheckpointError, load_model, make_model

@@ -4,15 +4,16 @@ import subprocess
 import tempfile
 from functools import partial
 
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
 import benchmark
 import data
 import inference
-import numpy as np
 import option
-import pytest
 import reference
-import torch
-from matplotlib.figure import Figure
 from model.edsr import EDSR
 from reference import formula, measure, plot, training
 from summary import count

@@ -12,11 +12,12 @@ import zlib
 from functools import partial
 from pathlib import Path
 
-import data
 import numpy as np
-import option
 import pytest
 import torch
+
+import data
+import option
 from data import cache, dataset
 from data.cache import Cache, cache_folder
 from system.errors import UserError

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+
 from conftest import GOLDEN
 from model import CheckpointError, carn, imdn, load_model, rdn, save_header
 from model.carn import CARN, CARN_M

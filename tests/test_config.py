@@ -1,6 +1,7 @@
 """Flags in files, the nearest flag, names of test sets, --resume auto."""
-import option
 import pytest
+
+import option
 from config import to_text
 
 ALL_FLAGS = (  # one value that is no default, of each flag

@@ -1,10 +1,11 @@
 """Label consistency: that the inverse inverts, what is drawn, and what LC compares."""
 import itertools
 
-import loss
-import option
 import pytest
 import torch
+
+import loss
+import option
 from loss.consistency import draw, perturb, restore
 
 ALL = torch.tensor(list(itertools.product([False, True], repeat=4)))

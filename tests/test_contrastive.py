@@ -2,12 +2,13 @@
 import json
 from types import SimpleNamespace
 
-import loss
 import numpy as np
-import option
 import pytest
 import torch
 import torch.nn.functional as F
+
+import loss
+import option
 from checkpoint import save_model
 from conftest import GOLDEN
 from loss import contrastive, vgg

@@ -8,16 +8,17 @@ import subprocess
 import sys
 import zlib
 
-import data
-import evaluation
 import numpy as np
-import option
 import pytest
 import torch
+from PIL import Image
+
+import data
+import evaluation
+import option
 from data import dataset, degrade
 from data.image import list_images, read_image, read_photo
 from data.source import find
-from PIL import Image
 from system.errors import UserError
 
 CODE = os.path.dirname(option.__file__)

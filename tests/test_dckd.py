@@ -1,14 +1,15 @@
 """DCKD's DCR and DMM: the authors' numbers, the history model, the degradations, and runs that resume exactly."""
 import json
 
-import checkpoint
-import loss
 import numpy as np
-import option
 import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
+
+import checkpoint
+import loss
+import option
 from checkpoint import save_model
 from conftest import GOLDEN
 from loss import degradation, vqgan
@@ -86,7 +87,7 @@ def test_DMM_compares_codes_of_images():
     codes = net.quantize.embedding.weight
 
     def distribution(sr):
-        z = net.latent(net.maps(2 * sr / 255 - 1)[-1])
+        z = net.latent(net.feature_maps(2 * sr / 255 - 1)[-1])
         d = ((z[:, None] - codes[None, :, :, None, None]) ** 2).sum(2)  # N x codes x h x w
         return (d.amax(1, keepdim=True) - d).softmax(1)
     expected = -(distribution(step.teacher.sr) * distribution(step.student.sr).log()).sum(1).mean()

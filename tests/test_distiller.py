@@ -1,8 +1,9 @@
 """The training step as a module: what it returns, and that it can be wrapped as one."""
-import loss
-import option
 import pytest
 import torch
+
+import loss
+import option
 from data.views import plan
 from distiller import build_distiller
 from model.edsr import EDSR

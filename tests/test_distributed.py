@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import loss
-import option
 import pytest
 import torch
+from torch import multiprocessing
+
+import loss
+import option
 from checkpoint import save_model
 from data import dataset
 from data.views import plan
@@ -22,7 +24,6 @@ from model.rcan import RCAN
 from model.san import SAN
 from system import distributed
 from system.errors import UserError
-from torch import multiprocessing
 from trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,11 +4,12 @@ import hashlib
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+import torch
+
 import download_teacher
 import model.teachers
 import option
-import pytest
-import torch
 from checkpoint import save_model
 from model import CheckpointError
 from model.carn import CARN_M

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-import checkpoint
-import option
 import pytest
 import torch
+
+import checkpoint
+import option
 from checkpoint import Experiment
 from conftest import ROOT
 from system.errors import UserError
@@ -77,7 +78,7 @@ def test_the_users_own_files_are_neither_overwritten_nor_reset(tmp_path):
         (tmp_path / "mine" / name).write_text("mine")
     before = contents(tmp_path)
     for line in ("", "--reset", "--resume auto"):
-        with pytest.raises(UserError, match=r"holds (config|log).txt, which a run would overwrite, and no run"):
+        with pytest.raises(UserError, match=r"holds (config|log).txt, which a run would overwrite, but no run"):
             refused(tmp_path / "mine", line)
     assert contents(tmp_path) == before
 

@@ -2,17 +2,18 @@
 import math
 from types import SimpleNamespace
 
+import pytest
+import torch
+from torch import nn
+
 import checkpoint
 import loss
 import option_types
-import pytest
-import torch
 from checkpoint import save_model
 from conftest import ROOT  # noqa: F401 - puts the code on the path
 from loss import adversarial
 from loss.adversarial import discriminator_loss, generator_loss, gradient_penalty, make_discriminator
 from model.edsr import EDSR
-from torch import nn
 
 KINDS = "GAN", "LSGAN", "RGAN", "WGAN", "WGAN_GP"
 

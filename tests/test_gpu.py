@@ -1,6 +1,7 @@
 """What only a GPU shows; skipped where there is none."""
 import pytest
 import torch
+
 from checkpoint import save_model
 from model.edsr import EDSR
 from test_distributed import CASES, make_small, make_trainer

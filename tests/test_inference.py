@@ -3,18 +3,19 @@ from argparse import Namespace
 from itertools import pairwise
 from types import SimpleNamespace
 
-import evaluation
-import inference
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+import evaluation
+import inference
 from model.edsr import EDSR
 from model.rcan import RCAN
 from model.swinir import SwinIR
 from system import memory_budget
 from system.errors import UserError
 from system.memory import peak_memory
-from torch import nn
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+
 from conftest import GOLDEN, golden_parameters
 from model import NETWORKS, CheckpointError, load_model
 from model.layout import count, recognise, rename, upsampler_scale

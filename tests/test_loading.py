@@ -18,7 +18,7 @@ import option
 from checkpoint import save_model
 from conftest import ROOT
 from loss import vgg, vqgan
-from model import CheckpointError, load_as_told, load_model, make_model, roles, teachers
+from model import CheckpointError, load_model, load_with_flags, make_model, roles, teachers
 from model.edsr import EDSR
 from model.loading import read_checkpoint
 from model.rcan import RCAN
@@ -136,7 +136,7 @@ def test_override_that_agrees_or_says_nothing_is_fine(own_file):
 
 def test_missing_file_is_named(tmp_path):
     assert "no such file" in message(tmp_path / "none.pt")
-    assert "it is a folder, not a file; name the file, model/model_best.pt" in message(tmp_path)
+    assert "it is a folder, not a file; give the file, such as model/model_best.pt" in message(tmp_path)
 
 
 def test_the_state_of_a_run_is_no_checkpoint(save):
@@ -209,7 +209,7 @@ def test_missing_key_is_named(net, save):
 
 
 def test_superfluous_key_is_named(net, save):
-    assert "body.7.more too many" in message(save({**net.state_dict(), "body.7.more": torch.zeros(1)}))
+    assert "unknown body.7.more" in message(save({**net.state_dict(), "body.7.more": torch.zeros(1)}))
 
 
 def test_wrong_shape_is_named(net, save):
@@ -262,7 +262,7 @@ def test_read_checkpoint_tells_own_files_from_others(net, own_file, save):
 
 def test_flags_that_agree_are_taken(own_file):
     args = option.parse(["--model", "EDSR", "--scale", "2", "--n_feats", "8", "--rgb_range", "1", "--res_scale", "0.5"])
-    net = load_as_told(own_file, args)
+    net = load_with_flags(own_file, args)
     assert net.rgb_range == 1
     assert net.body[0].res_scale == 0.5
 
@@ -270,7 +270,7 @@ def test_flags_that_agree_are_taken(own_file):
 def test_defaults_of_flags_are_no_claims(own_file):
     args = option.parse([])
     assert args.scale == 4
-    assert load_as_told(own_file, args).scale == 2
+    assert load_with_flags(own_file, args).scale == 2
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -278,7 +278,7 @@ def test_defaults_of_flags_are_no_claims(own_file):
     (("--n_resblocks", "5"), "n_resblocks 2, not 5"), (("--model", "RCAN"), "EDSR, not --model RCAN")])
 def test_flag_that_contradicts_the_file_names_both(own_file, flags, words):
     with pytest.raises(CheckpointError, match=words) as caught:
-        load_as_told(own_file, option.parse(flags))
+        load_with_flags(own_file, option.parse(flags))
     assert str(own_file) in str(caught.value)
 
 
@@ -344,7 +344,7 @@ def test_teacher_of_another_scale_is_refused(own_file):
 
 
 def test_unknown_network_is_refused():
-    with pytest.raises(UserError, match="no network is called Oracle: there are EDSR, RCAN"):
+    with pytest.raises(UserError, match="there is no network Oracle; the networks are EDSR, RCAN"):
         make_model("Oracle", option.parse([]))
 
 

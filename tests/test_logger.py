@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from checkpoint import save_model
 from conftest import ROOT
 from model.edsr import EDSR

@@ -3,16 +3,17 @@ import json
 import math
 from types import SimpleNamespace
 
-import loss
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import loss
 from conftest import GOLDEN
 from loss import affinity, feature
 from loss.affinity import affinity_l1
 from system.errors import UserError
-from torch.utils._python_dispatch import TorchDispatchMode
 
 FAKD = json.loads((GOLDEN / "losses_and_metrics.json").read_text())["FAKD_features"]
 

@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+
 from conftest import GOLDEN
 from metric import psnr, ssim
 

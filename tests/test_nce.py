@@ -3,11 +3,12 @@ import json
 import math
 from types import SimpleNamespace
 
-import loss
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+import loss
 from conftest import GOLDEN
 from loss.nce import crop, draw_places, info_nce
 from system.errors import UserError

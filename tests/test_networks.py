@@ -1,6 +1,7 @@
 """EDSR and RCAN against the authors' own outputs, in every layout."""
 import pytest
 import torch
+
 from model import load_model
 
 LAYOUTS = ["edsr_x2", "edsr_x3", "edsr_x4", "rcan_x2", "rcan_x4", "fakd_edsr_x4", "fakd_rcan_x4", "basicsr_edsr_x2",

@@ -2,9 +2,10 @@
 import subprocess
 import sys
 
+import pytest
+
 import option
 import option_types
-import pytest
 from conftest import ROOT
 from system.errors import UserError
 

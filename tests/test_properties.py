@@ -6,21 +6,22 @@ from contextlib import suppress
 from functools import cache
 from operator import itemgetter
 
-import inference
-import loss
 import numpy as np
-import option
-import option_types
 import pytest
 import torch
-from data import degrade, teacher_cache
-from data.dataset import Batches
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
+
+import inference
+import loss
+import option
+import option_types
+from data import degrade, teacher_cache
+from data.dataset import Batches
 from loss import Output, consistency
 from model import NETWORKS, CheckpointError, load_model, save_header
 from system.errors import UserError
-from torch import nn
 
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, max_examples=40,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

@@ -3,12 +3,13 @@ import re
 import sys
 import types
 
+import pytest
+import torch
+
 import data.views
 import loss
 import model
 import option
-import pytest
-import torch
 from checkpoint import save_model
 from conftest import ROOT
 from data.views import make_views, plan

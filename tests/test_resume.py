@@ -3,14 +3,15 @@ import csv
 import math
 import zipfile
 
-import evaluation
-import option
 import pytest
 import torch
+
+import evaluation
+import option
 from loss import Context, adversarial, build_loss
+from schedule import make_optimizer
 from system.state import load_optimizer
 from test_training import flags, rows  # noqa: F401
-from schedule import make_optimizer
 
 RUN = "--loss 1*DS+1*GAN --test_every 2 --save_every 1000 "
 
@@ -198,7 +199,7 @@ def test_an_odd_state_gets_one_line(saved, resume, tmp_path, name):
     torch.save(state, tmp_path / "state.pt")
     message = resume(tmp_path / "state.pt")
     assert len(message) < 500
-    assert any(words in message for words in ("state.pt: not the state", "was another one", "does not fit"))
+    assert any(words in message for words in ("state.pt: not the state", "is another one", "does not fit"))
 
 
 @pytest.mark.parametrize("content", [None, [], 0, "text", torch.zeros(3)])

@@ -1,10 +1,11 @@
 """SAN against the authors' own output, and its modules against direct implementations of their formulas."""
 import pytest
 import torch
-from model import load_model, san
-from model.san import SAN, NonLocal, SecondOrderAttention
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model import load_model, san
+from model.san import SAN, NonLocal, SecondOrderAttention
 
 UNUSED = ("conv_last.", ".gamma", "non_local.soca.")  # the first of the network only: see SAN
 

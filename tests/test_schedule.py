@@ -1,8 +1,9 @@
 """The learning rate as a function of the iteration: steps by epochs and by iterations, cosine, warm-up."""
 import math
 
-import option
 import pytest
+
+import option
 from schedule import learning_rate
 
 

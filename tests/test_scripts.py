@@ -4,9 +4,10 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 import loss
 import option
-import pytest
 import seed_statistics
 from conftest import ROOT
 from system.errors import UserError

@@ -1,6 +1,7 @@
 """Channel slices: against CSD's own outputs, over the networks, and as students that share their teacher's weights."""
 import pytest
 import torch
+
 from checkpoint import save_model
 from model import NETWORKS, inherit, load_model, slim
 from model.slicing import evenly_spaced, narrow_network

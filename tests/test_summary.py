@@ -1,10 +1,11 @@
 """What networks are said to cost, against published counts, real tensors and formulas."""
 from types import SimpleNamespace
 
-import option
 import pytest
-import summary
 import torch
+
+import option
+import summary
 from checkpoint import save_model
 from model import make_model
 from model.carn import CARN_M
@@ -81,7 +82,7 @@ def test_a_network_described_by_flags(run_main, small_output):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--ckp_path missing.pt", "missing.pt: no such"), ("--model UNet", "no network is called UNet"),
+    ("--ckp_path missing.pt", "missing.pt: no such"), ("--model UNet", "there is no network UNet"),
     ("--model SwinIR --depths 2,2", "2 depths and 4 num_heads")])
 def test_a_mistake_gets_one_line_and_status_2(run_main, line, words):
     status, _, err = run_main("summary", line)

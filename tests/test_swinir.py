@@ -1,6 +1,7 @@
 """SwinIR against the authors' own outputs, for every upsampler that they released."""
 import pytest
 import torch
+
 from model import load_model, swinir
 from model.swinir import SwinIR
 

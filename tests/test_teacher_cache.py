@@ -3,11 +3,12 @@ import os
 import pickle
 import shutil
 
-import data
 import numpy as np
-import option
 import pytest
 import torch
+
+import data
+import option
 from checkpoint import save_model
 from data import Crops, teacher_cache
 from data.cache import Store
@@ -82,7 +83,7 @@ def test_crops_contain_the_teacher_output_of_the_whole_image_cropped_and_flipped
         for k in range(4):
             crop = 4 * number + k
             assert torch.equal(lr[k], plain[crop][0]) and torch.equal(hr[k], plain[crop][1])
-            index = crops.where[crops._image(crop)][1]
+            index = crops.images[crops._image(crop)][1]
             both = np.concatenate([np.array(images.hr(index)), *[whole.numpy() for whole in wholes[index]]], 2)
             assert any(np.array_equal(part[..., :3], hr[k].permute(1, 2, 0).numpy())
                        and np.array_equal(part[..., 3:], decode(more[0][k]).permute(1, 2, 0).numpy())
@@ -129,7 +130,7 @@ def test_what_needs_more_runs_the_teacher_and_is_named(run_main, flags, teacher,
 def test_where_it_spares_nothing_nothing_is_built(run_main, flags, teacher, calls, root):  # noqa: F811
     status, out, _ = run_main("train", flags + f"--teacher {teacher} --loss 1*DS+1*TS+1*SA --cache_teacher")
     assert status == 0 and calls == [(4, 12, 12)] * 3 and not outputs(root)
-    assert any("spares nothing here: the teacher runs on every batch for SA (original batch)" in line for line in out)
+    assert any("has no effect: the teacher runs on every batch for SA (original batch)" in line for line in out)
 
 
 def test_an_interrupted_build_goes_on_where_it_was(run_main, flags, teacher, calls, root, monkeypatch):  # noqa: F811

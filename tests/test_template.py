@@ -1,7 +1,8 @@
 """The sizes of the papers' networks, by --template, against the published numbers of parameters."""
-import option
 import pytest
 import torch
+
+import option
 from model import make_model
 from template import TEMPLATES
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+
 from checkpoint import save_model
 from conftest import ROOT
 from model import load_model
@@ -233,7 +234,7 @@ def test_nan_in_a_term_names_the_iteration_and_the_terms(run_main, flags, monkey
     ("--teacher missing.pt", "no such file"),
     ("--teacher VGG", "--teacher VGG"),
     ("--model UNet --loss 1*DS", "EDSR, RCAN"),
-    ("--resume 1", "is not there"),
+    ("--resume 1", "does not exist"),
     ("--reduction 16 --loss 1*DS", "leaves none"),
 ])
 def test_a_mistake_gets_one_line_and_status_2(run_main, flags, tmp_path, extra, words):

@@ -1,11 +1,12 @@
 """Views of a batch, label consistency of the student, and the training step against the reference implementation."""
 import csv
 
-import loss
 import numpy as np
-import option
 import pytest
 import torch
+
+import loss
+import option
 from checkpoint import save_model
 from conftest import ROOT
 from data import degrade

@@ -1,13 +1,13 @@
-"""Decoded images on disk, so that a crop reads only its own bytes: one memory-mapped file for all arrays of a kind.
+"""A cache of decoded images on disk, memory-mapped, so that a crop reads only its own pixels.
 
-A kind is HR, LR_X2, LR_made_X2 (uint8) or SR_X2_... (int16, teacher outputs). KIND.index maps the name of each source file
-to the place of its array in a file KIND.<random>.pack. These rules make it safe to kill any process at any time, and to
-start several at once:
+The kinds of arrays are HR, LR_X2, LR_made_X2 (uint8) and SR_X2_... (int16, teacher outputs). KIND.index maps the name of
+each source file to the place of its array in a file KIND.<random>.pack. These rules make it safe to kill any process at any
+time, and to start several at once:
 
-- The index is replaced atomically, every few seconds while arrays are added. A killed build loses what it made since.
+- The index is replaced atomically, every few seconds while arrays are added. A killed build loses the arrays since then.
 - A process appends only to a pack that it has created. No byte that an index has listed is ever overwritten or truncated,
-  since another process may have it mapped. What no index lists any more is removed as a whole file.
-- One process at a time adds to a kind; another one that misses an array waits for it and then finds the array.
+  since another process may have it mapped. A pack that no index lists any more is deleted.
+- One process at a time adds to a kind; another one that needs a missing array waits, then reads it from the cache.
 """
 import hashlib
 import json
@@ -19,7 +19,7 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from math import prod
 from operator import index
 from pathlib import Path
@@ -33,11 +33,12 @@ from system.files import atomic_write, lock, remove_stale_parts
 log = logging.getLogger("sr")
 PUBLISH_EVERY = 5  # seconds
 ALIGNMENT = 64  # bytes
-MAX_PACKS = 4  # of a kind: each costs a process a file descriptor
+MAX_PACKS = 4  # of a kind: a process has a file descriptor open for each
 
 
 class Entry(NamedTuple):
-    """Where the array of a source is, and which content of the source it was made from."""
+    """The place of an array in its pack, and the digest and status of the source file that it was made from."""
+
     pack: str
     offset: int
     shape: tuple
@@ -46,12 +47,12 @@ class Entry(NamedTuple):
 
 
 class Cache:
-    """The arrays made from the files of a dataset: kept under `folder`, or made anew each time where that is None."""
+    """The arrays made from the files of a dataset: cached in `folder`, or made each time where it is None."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
         self.stores = {}
-        self.status = {}  # of each source when it was first used: a run goes on with the data that it started with
+        self.status = {}  # of each source when it was first used: data must not change during a run
 
     def get(self, source: Path, kind: str, make: Callable[[Path], np.ndarray]) -> np.ndarray:
         """Return `make(source)`, memory-mapped and read-only if it was cached; raises UserError."""
@@ -62,8 +63,8 @@ class Cache:
             status = self.status[source] = status_of(source)
         return self._store(kind).get(source, status, make)
 
-    def building(self, kind: str):
-        """Return a context in which arrays that are missing are added as one build, with one lock."""
+    def building(self, kind: str) -> AbstractContextManager:
+        """Return a context in which all missing arrays of a kind are added under one lock."""
         return nullcontext() if self.folder is None else self._store(kind).building()
 
     def _store(self, kind):
@@ -84,11 +85,14 @@ class Store:
         self.changed, self.published = False, 0.0
         self.entries = self._load()
 
-    def __getstate__(self):
-        return {**self.__dict__, "maps": {}}  # a worker that is spawned maps the files itself
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "maps": {}}  # a memory map cannot be pickled for a spawned worker
 
     def get(self, source: Path, status: tuple, make: Callable[[Path], np.ndarray]) -> np.ndarray:
-        """Return the array of the source, whose status was `status` when this process first used it."""
+        """Return the array of a source, and make it where it is missing.
+
+        status: that of the source when this process first used it.
+        """
         array = self._find(source, status)
         if array is None:
             with self.building():
@@ -100,7 +104,7 @@ class Store:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Keep the lock, once a missing array has required it, until the body ends."""
+        """Hold the lock from the first missing array to the end of the body."""
         self.depth += 1
         complete = False
         try:
@@ -126,7 +130,7 @@ class Store:
                 if offset >= 0 and min(shape) > 0 and offset + self._size(entry) <= sizes.get(pack, 0):
                     entries[name] = entry
             return entries
-        except Exception:  # whatever is wrong with it, the arrays are made again
+        except Exception:  # a damaged index can cause any exception; the arrays are made again
             return {}
 
     def _find(self, source, status):
@@ -157,7 +161,7 @@ class Store:
     # ---- adding, with the lock
 
     def _begin(self):
-        """Take the lock and read what other processes have added; nothing is left to do if this process has it."""
+        """Take the lock and read the entries that other processes have added, unless this process has the lock already."""
         if self.lock:
             return
         with self._writing():
@@ -179,7 +183,7 @@ class Store:
         if array is None:
             array = np.ascontiguousarray(make(source), self.dtype)
             entry = self._append(array, digest, status)
-        if status_of(source) != status:  # the array, the digest and what was made before may be of different contents
+        if status_of(source) != status:  # array and digest may be of different contents
             raise UserError(f"{source}: changed while it was used; start again")
         self.entries[source.name] = entry._replace(status=status)
         self.changed = True
@@ -244,7 +248,7 @@ class Store:
             self.entries = {name: self._append(array, entry.digest, entry.status)
                             for name, entry, array in arrays if array is not None}
             self._publish()
-        except UserError:  # no room for a second copy: the old packs serve as well
+        except UserError:  # no space for a second copy: the old packs remain in use
             self.entries = before
         self._remove_unlisted()
 
@@ -253,7 +257,7 @@ class Store:
         for path in self._packs():
             if path.name not in listed:
                 self.maps.pop(path.name, None)
-                with suppress(OSError):  # Windows removes no file that is mapped
+                with suppress(OSError):  # Windows cannot delete a mapped file
                     path.unlink()
 
     @contextmanager
@@ -261,20 +265,20 @@ class Store:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self.index}: cannot write the cache ({reason_of(error)}); make space there, or give another "
-                            "--dir_cache, or --ext img to do without") from None
+            raise UserError(f"{self.index}: cannot write the cache ({reason_of(error)}); make space there, give another "
+                            "--dir_cache, or train without a cache (--ext img)") from None
 
 
 def status_of(source: Path) -> tuple:
-    """Return the size, times and inode of a file, which tell cheaply whether it may have changed; raises UserError.
+    """Return the size, times and inode of a file, which differ where it may have changed; raises UserError.
 
-    Size and modification time alone do not: `cp -p`, rsync and archives set the time of a replaced file to an old one. No
-    program can set the change time (ctime), and a file that is renamed into place has another inode. On the other hand both
-    differ in a mere copy of a dataset, so where they do the content's digest decides.
+    Size and modification time are not enough: `cp -p`, rsync and archives set the time of a replaced file to an old one. No
+    program can set the change time (ctime), and a file that is renamed into place has another inode. Since both also differ
+    in a mere copy of a dataset, a digest of the content decides where they do.
     """
     try:
         status = source.stat()
-    except OSError as error:  # a link that leads nowhere
+    except OSError as error:  # such as a dangling symbolic link
         raise UserError(f"{source}: cannot be read ({reason_of(error)}); repair or remove it") from None
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
@@ -294,18 +298,18 @@ def digest_of(path: Path | str) -> str:
 def cache_folder(dataset: Path, dir_cache: str, fallback: Path) -> Path:
     """Return the folder of a dataset's cache.
 
-    It is in the dataset's folder, or under `dir_cache` where one is given, or else under `fallback` where the dataset is
-    read-only.
+    It is in the folder of the dataset, or under `dir_cache` if that is not empty, or else under `fallback` where the
+    dataset is read-only.
     """
     dataset = dataset.resolve()
     if not dir_cache:
-        beside = dataset / "bin"
-        if _writable(beside if beside.exists() else dataset):
-            return beside
+        inside = dataset / "bin"
+        if _writable(inside if inside.exists() else dataset):
+            return inside
     name = f"{dataset.name}-{hashlib.sha256(os.fsencode(dataset)).hexdigest()[:8]}"
     return Path(dir_cache or fallback).resolve() / name
 
 
 def _writable(folder):
-    """os.access says yes to root whatever the permissions: a folder without a write bit was meant to stay as it is."""
+    """Return whether a folder has a write permission; os.access alone is true for root whatever the permissions are."""
     return bool(folder.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)) and os.access(folder, os.W_OK)

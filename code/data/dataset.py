@@ -1,5 +1,8 @@
-"""Pairs of LR and HR images as uint8 arrays: random crops to train on, whole images to test on."""
+"""Pairs of LR and HR images as uint8 arrays: random crops for training, full images for tests."""
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,28 +15,28 @@ from data.image import read_image, read_photo, reading
 from data.source import default_cache, find
 from system.errors import UserError
 
-SMALLEST = 11  # pixels a side that SSIM needs of an image, when `scale` are shaved off each border
+MIN_SIDE = 11  # pixels that SSIM needs after `scale` pixels are shaved off each border
 
 
 class Images:
     """The images of one dataset at one scale, decoded on first use (and cached on disk with --ext sep)."""
 
-    def __init__(self, name, args, train):
+    def __init__(self, name: str, args: Namespace, train: bool):
         source = find(name, args, train)
         self.name, self.pairs, self.scale, self.train = name, source.pairs, args.scale, train
         self.lr_kind = f"LR_X{args.scale}" if self.pairs[0].lr else f"LR_made_X{args.scale}"
-        self.sizes = {}  # of the HR images by their index, once they are checked
+        self.sizes = {}  # index: height and width of the HR image; filled by `prepare`
         folder = None
         if args.ext == "sep" and name != "Demo":
-            dir_cache = args.dir_cache or (default_cache() if name == "Sample" else "")  # not in the package's folder
+            dir_cache = args.dir_cache or (default_cache() if name == "Sample" else "")  # not in the folder of scikit-image
             with reading(source.folder):
                 folder = cache_folder(source.folder, dir_cache, default_cache())
         self.cache = Cache(folder)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.pairs)
 
-    def hr(self, index):
+    def hr(self, index: int) -> np.ndarray | None:
         """Return HR as uint8 sH x sW x 3, cropped to the size of LR; None for an image without HR."""
         pair = self.pairs[index]
         if pair.hr is None:
@@ -42,8 +45,8 @@ class Images:
         self._check_unchanged(index, pair.hr, hr, 1)
         return hr
 
-    def lr(self, index):
-        """Return LR as uint8 H x W x 3: the file's pixels if there is one, else HR after bicubic downscaling."""
+    def lr(self, index: int) -> np.ndarray:
+        """Return LR as uint8 H x W x 3: from its file if there is one, else HR after bicubic downscaling."""
         pair = self.pairs[index]
         if pair.hr is None:
             return read_image(pair.lr)[0]
@@ -51,7 +54,7 @@ class Images:
         self._check_unchanged(index, pair.lr or pair.hr, lr, self.scale)
         return lr
 
-    def _downscale(self, file):
+    def _downscale(self, file: Path) -> np.ndarray:
         try:
             return degrade.downscale(self.cache.get(file, "HR", read_photo), self.scale)
         except ValueError as error:
@@ -63,18 +66,18 @@ class Images:
             raise UserError(f"{file}: replaced during the run by an image of another size ({image.shape[1]} x "
                             f"{image.shape[0]} pixels, not {size[1] // scale} x {size[0] // scale}); start again")
 
-    def teacher_output(self, index, kind, make):
-        """Return a teacher's output for LR, int16 sH x sW x 3, cached as `kind`; `make()` if it is not cached."""
+    def teacher_output(self, index: int, kind: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the output of a teacher for LR, int16 sH x sW x 3, cached as `kind`; make() computes it if it is not."""
         pair = self.pairs[index]
         return self.cache.get(pair.lr or pair.hr, kind, lambda _: make())
 
-    def alpha(self, index):
+    def alpha(self, index: int) -> np.ndarray | None:
         """Return the alpha channel, uint8 H x W, of an LR image without HR that has transparent parts; else None."""
         pair = self.pairs[index]
         return read_image(pair.lr)[1] if pair.hr is None else None
 
-    def prepare(self):
-        """Decode what is not cached yet, check the sizes, and return those of the HR images; raises UserError."""
+    def prepare(self) -> list[tuple[int, int]]:
+        """Decode the images that are not cached yet, check their sizes, and return those of HR; raises UserError."""
         self.sizes = {}
         sizes = {}
         with self.cache.building("HR"):
@@ -82,10 +85,10 @@ class Images:
                 hr, file = self.hr(index), self.pairs[index].hr
                 if hr is None:
                     continue
-                least = 0 if self.train else SMALLEST + 2 * self.scale
+                least = 0 if self.train else MIN_SIDE + 2 * self.scale
                 if min(hr.shape[:2]) < least:
                     raise UserError(f"{file}: {hr.shape[1]} x {hr.shape[0]} pixels are too few to score at scale "
-                                    f"{self.scale}: SSIM needs {least} a side; take the image out")
+                                    f"{self.scale}: SSIM needs {least} a side; remove the image")
                 sizes[index] = hr.shape[:2]
         with self.cache.building(self.lr_kind):
             for index in progress(range(len(self)), f"reading {self.name} LR"):
@@ -98,30 +101,30 @@ class Images:
 
 
 class Crops(Dataset):
-    """Random crops of training sets, numbered through the whole run.
+    """Random crops of training sets, numbered from the first iteration of the run to the last.
 
-    Crop n is the same whatever the workers, the epochs or the interruptions: pass n // len(images) goes over all images in
-    an order of its own, and place and orientation are drawn from (seed, n).
+    Crop n depends on the seed and n alone, not on workers, epochs or interruptions: images are drawn without replacement, in
+    a new order for each pass over the dataset, and place and orientation are drawn from (seed, n).
     """
 
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         self.sets = [Images(name, args, train=True) for name in args.data_train]
         self.seed, self.scale, self.augment = args.seed, args.scale, not args.no_augment
         self.patch = args.patch_size // args.scale  # LR pixels
-        self.order = None, None
-        self.opened = {}
-        self.teacher_kinds = []  # what the cached outputs of each teacher are kept as (data/teacher_cache.py)
+        self.order = None, None  # number of a pass over the dataset, and the order of its images
+        self.opened = {}  # image number: memory-mapped arrays
+        self.teacher_kinds = []  # of each teacher, the kind of its cached outputs (data/teacher_cache.py)
         for images in self.sets:
             for size, pair in zip(images.prepare(), images.pairs):
                 if min(size) < args.patch_size:
                     raise UserError(f"--patch_size {args.patch_size} (HR pixels) is larger than {pair.hr} ({size[1]} x "
-                                    f"{size[0]}): give a smaller one, or take the image out")
-        self.where = [(images, index) for images in self.sets for index in range(len(images))]
+                                    f"{size[0]}): give a smaller one, or remove the image")
+        self.images = [(images, index) for images in self.sets for index in range(len(images))]
 
-    def __getstate__(self):
-        return {**self.__dict__, "opened": {}}  # a worker that is spawned maps the files itself
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "opened": {}}  # a memory map cannot be pickled for a spawned worker
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, ...]:
         """Return uint8 tensors LR 3 x p x p and HR 3 x sp x sp, and int16 3k x sp x sp of k cached teachers."""
         lr, hr, *outputs = self._arrays(self._image(number))
         rng = np.random.default_rng([self.seed, 1, number])
@@ -136,35 +139,37 @@ class Crops(Dataset):
             parts.append(np.concatenate([crop(output, self.scale) for output in outputs], 2))
         return tuple(to_tensor(part) for part in parts)
 
-    def _arrays(self, place):
-        """Return LR, HR and the teacher outputs of an image; to look them up would take a sixth of the time of a crop."""
-        arrays = self.opened.get(place)
+    def _arrays(self, image):
+        """Return LR, HR and the teacher outputs of an image; they remain open, which saves a sixth of the time of a crop."""
+        arrays = self.opened.get(image)
         if arrays is None:
-            images, index = self.where[place]
-            outputs = (images.teacher_output(index, kind, _removed) for kind in self.teacher_kinds)
+            images, index = self.images[image]
+            outputs = (images.teacher_output(index, kind, _raise_removed) for kind in self.teacher_kinds)
             arrays = [images.lr(index), images.hr(index), *outputs]
-            if images.cache.folder is not None:  # else they would fill the memory
-                self.opened[place] = arrays
+            if images.cache.folder is not None:  # without a cache they are in memory, and all of them would fill it
+                self.opened[image] = arrays
         return arrays
 
     def _image(self, number):
-        turn, place = divmod(number, len(self.where))
-        if self.order[0] != turn:
-            self.order = turn, np.random.default_rng([self.seed, 0, turn]).permutation(len(self.where))
-        return self.order[1][place]
+        """Return the number of the image from which a crop is taken."""
+        pass_number, position = divmod(number, len(self.images))
+        if self.order[0] != pass_number:
+            order = np.random.default_rng([self.seed, 0, pass_number]).permutation(len(self.images))
+            self.order = pass_number, order
+        return self.order[1][position]
 
 
-def _removed():
+def _raise_removed():
     raise UserError("--cache_teacher: cached teacher outputs were removed during the run; --resume 1 computes them again")
 
 
-def progress(items, description):
+def progress(items: Iterable, description: str) -> tqdm:
     """Return `items` with a progress bar, which is rarely redrawn where stderr is no terminal."""
     return tqdm(items, description, unit="image", leave=False, delay=1, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
-def orient(image, flip_horizontal, flip_vertical, transpose):
-    """A view of H x W x C, flipped and then transposed."""
+def orient(image: np.ndarray, flip_horizontal: bool, flip_vertical: bool, transpose: bool) -> np.ndarray:
+    """Flip H x W x C, then transpose it, and return a view."""
     if flip_horizontal:
         image = image[:, ::-1]
     if flip_vertical:
@@ -172,21 +177,24 @@ def orient(image, flip_horizontal, flip_vertical, transpose):
     return image.swapaxes(0, 1) if transpose else image
 
 
-def to_tensor(image):
-    """H x W x C array -> C x H x W tensor of its own memory."""
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """Copy an array H x W x C to a tensor C x H x W."""
     return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))  # ascontiguousarray may keep negative strides
 
 
 class Batches:
-    """Sampler: the numbers of the crops of batches start..stop-1 of the run, of each batch one of `parts` equal parts."""
+    """A batch sampler: yields the numbers of the crops of each of the batches start..stop-1 of the run.
 
-    def __init__(self, start, stop, batch_size, part=0, parts=1):
+    In several processes each has one of `parts` equal parts of every batch, number `part`.
+    """
+
+    def __init__(self, start: int, stop: int, batch_size: int, part: int = 0, parts: int = 1):
         self.start, self.stop = start, stop
         self.parts, self.part, self.size = parts, part, batch_size // parts
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self):
-        places = range(self.start * self.parts + self.part, self.stop * self.parts, self.parts)  # in parts of batches
-        return iter(range(place * self.size, (place + 1) * self.size) for place in places)
+    def __iter__(self) -> Iterator[range]:
+        parts = range(self.start * self.parts + self.part, self.stop * self.parts, self.parts)  # of all parts of batches
+        return iter(range(part * self.size, (part + 1) * self.size) for part in parts)

@@ -1,4 +1,4 @@
-"""Bicubic resizing, bit-identical to MATLAB's imresize, which made the official LR_bicubic images.
+"""Bicubic resizing, bit-identical to MATLAB's imresize, with which the official LR_bicubic images were made.
 
 For downscaling MATLAB widens the kernel (antialiasing). It extends the image symmetrically, resizes one axis after the other
 (height first), and rounds to uint8 after each. PyTorch's antialiased bicubic has the same kernel (a = -0.5), but truncates
@@ -30,7 +30,7 @@ def upscale(image: np.ndarray, scale: int) -> np.ndarray:
 def downscale_batch(images: torch.Tensor, scale: int) -> torch.Tensor:
     """Downscale a batch N x C x H x W in [0, 255], uint8 or floating-point, as `downscale` does each of its images.
 
-    Returns whole numbers N x C x H/s x W/s of the same dtype, on the same device.
+    Returns integers N x C x H/s x W/s of the same dtype, on the same device.
     """
     height, width = (size // scale for size in images.shape[2:])
     if not (height and width):
@@ -55,7 +55,7 @@ def _to_array(batch):
 
 
 def _resize(x, height, width, extension, margin):
-    """Resize each axis in turn, extended by `extension` pixels before; then crop `margin` pixels of the result."""
+    """Resize each axis in turn: extend it by `extension` pixels, resize, and crop `margin` pixels of the result."""
     for axis, size in ((2, height), (3, width)):
         extended = x.index_select(axis, _symmetric_index(x.shape[axis], extension, x.device)).double()
         shape = [size + 2 * margin if a == axis else x.shape[a] for a in (2, 3)]

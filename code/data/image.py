@@ -1,4 +1,4 @@
-"""Image files as uint8 RGB arrays, whatever their format and mode."""
+"""Reading and writing of image files as uint8 RGB arrays, whatever their format and mode."""
 import logging
 import os
 import stat
@@ -15,9 +15,9 @@ from system.files import atomic_path
 
 log = logging.getLogger("sr")
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"))
-FORMATS = "PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"  # Pillow's names; it would hand others to programs, EPS to Ghostscript
-PREVIEWED = frozenset((".jpg", ".jpeg"))  # cameras put smaller copies behind the photo
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as many pixels are an error
+FORMATS = "PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"  # for others Pillow starts programs: Ghostscript for EPS
+WITH_PREVIEWS = frozenset((".jpg", ".jpeg"))  # formats in which cameras append smaller copies of the photo
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # for twice as many pixels Pillow raises an error
 
 
 @contextmanager
@@ -32,8 +32,8 @@ def reading(path: Path | str) -> Iterator[None]:
 def list_images(folder: Path | str) -> list[Path]:
     """Return the sorted image files of a folder, without those in its sub-folders; none if there is no such folder.
 
-    Raises UserError for a folder or a file that cannot be read, for anything but a file under the name of an image (a named
-    pipe would be waited for endlessly), and for a folder whose images are all in sub-folders.
+    Raises UserError for a folder or a file that cannot be read, for a pipe, socket or device with the name of an image
+    (opening a pipe would wait forever), and for a folder whose images are all in sub-folders.
     """
     folder = Path(folder)
     images, folders = [], []
@@ -41,13 +41,13 @@ def list_images(folder: Path | str) -> list[Path]:
         if not is_folder(folder):
             return []
         for file in folder.iterdir():
-            named = file.suffix.lower() in SUFFIXES
-            mode = file.stat().st_mode if named or file.is_dir() else 0
+            is_image = file.suffix.lower() in SUFFIXES
+            mode = file.stat().st_mode if is_image or file.is_dir() else 0
             if stat.S_ISDIR(mode):
                 folders.append(file)
-            elif named and not stat.S_ISREG(mode):
+            elif is_image and not stat.S_ISREG(mode):
                 raise UserError(f"{file}: no regular file but a pipe, socket or device; remove it")
-            elif named:
+            elif is_image:
                 images.append(file)
         inner = next((inner for inner in sorted(folders) if _holds_images(inner)), None)
     if inner and not images:
@@ -58,7 +58,7 @@ def list_images(folder: Path | str) -> list[Path]:
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether the path is a folder; raises PermissionError, unlike os.path.isdir, if that cannot be told."""
+    """Return whether the path is a folder; raises PermissionError, unlike os.path.isdir, if that cannot be determined."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -75,19 +75,19 @@ def _holds_images(folder):
 def read_image(path: Path | str) -> tuple[np.ndarray, np.ndarray | None]:
     """Return uint8 H x W x 3 RGB, and alpha as uint8 H x W or None where all is opaque.
 
-    Grey and CMYK become RGB, 16 bits become 8, palettes their colours; a photo is turned as its camera says. Raises
-    UserError for a file that is no image, is broken, or holds several images or numbers that are no pixels.
+    Grey, CMYK and palette images are converted to RGB, 16 bits to 8, and the EXIF orientation is applied. Raises UserError
+    for a file that is no image, is damaged, or holds several images or pixels of another type.
     """
     try:
         # an open file, since Pillow maps a named one into memory and then garbles TIFF images with an orientation
         with open(path, "rb") as stream, Image.open(stream, formats=FORMATS) as file:
             number = getattr(file, "n_frames", 1)
             file.seek(0)
-            image = np.array(ImageOps.exif_transpose(_in_plain_mode(file)))
+            image = np.array(ImageOps.exif_transpose(_to_grey_or_rgb(file)))
     except Exception as error:  # every decoder has its own exceptions
         raise UserError(f"{path}: unreadable image ({_reason(error, path)}); repair or remove it") from None
-    if number > 1 and Path(path).suffix.lower() not in PREVIEWED:
-        raise UserError(f"{path}: holds several images ({number}); save the one that is meant")
+    if number > 1 and Path(path).suffix.lower() not in WITH_PREVIEWS:
+        raise UserError(f"{path}: holds several images ({number}); save the one to use as a file of its own")
     if image.dtype == bool:
         image = image.astype(np.uint8) * 255
     if image.dtype == np.uint16:
@@ -103,8 +103,8 @@ def read_image(path: Path | str) -> tuple[np.ndarray, np.ndarray | None]:
     return np.ascontiguousarray(colour), alpha
 
 
-def _in_plain_mode(image):
-    """Return the image in a mode whose pixels are grey or RGB, with alpha if it has a transparent colour."""
+def _to_grey_or_rgb(image):
+    """Convert an image to a mode whose pixels are grey or RGB, with alpha if it has a transparent colour."""
     if "transparency" in image.info and image.mode in ("1", "L", "P", "RGB"):
         return image.convert("RGBA")
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):

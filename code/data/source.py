@@ -1,6 +1,7 @@
-"""Where the images of a dataset are: from its name on the command line to pairs of HR and LR files."""
+"""Datasets by their names on the command line: the pairs of HR and LR files of each."""
 import importlib.util
 import re
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from data.image import SUFFIXES, is_folder, list_images, reading
 from option import ROOT
 from system.errors import UserError
 
-# Colour photographs and grey textures inside the scikit-image package. Held out: a face, an object, a machine, a texture;
-# none shows what a training image shows (`motorcycle` left and right are one scene).
+# Colour photographs and grey textures of the scikit-image package. The test set has a portrait, an object, a retina scan
+# and a texture; none of them is a scene of the training set (`motorcycle` left and right are one scene).
 SAMPLE_TRAIN = ("chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
                 "motorcycle_right.png", "brick.png", "grass.png")
 SAMPLE_TEST = ("astronaut.png", "coffee.png", "retina.jpg", "gravel.png")
@@ -19,7 +20,8 @@ KINDS = " ".join(sorted(suffix.removeprefix(".") for suffix in SUFFIXES))
 
 @dataclass(frozen=True)
 class Pair:
-    """An image of a dataset: either of hr and lr may be None (a user's own image; an LR image still to be made)."""
+    """The files of an image: `hr` is None where there is no ground truth, `lr` where HR is to be downscaled."""
+
     name: str
     hr: Path | None
     lr: Path | None
@@ -27,15 +29,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Source:
+    """A dataset at one scale, for training or testing."""
+
     name: str
-    folder: Path  # what the cache belongs to
-    pairs: tuple
+    folder: Path  # of the dataset, for which there is one cache
+    pairs: tuple[Pair, ...]
 
 
-def find(name, args, train):
-    """Return the Source of that name for training or testing at --scale.
+def find(name: str, args: Namespace, train: bool) -> Source:
+    """Find the dataset of that name, for training or testing at --scale.
 
-    Raises UserError for what is missing, cannot be read or does not match.
+    Raises UserError for files that are missing, cannot be read or do not match.
     """
     with reading(args.dir_data):
         return _find(name, args, train)
@@ -46,7 +50,7 @@ def _find(name, args, train):
         return _sample(train)
     if name == "Demo":
         if train:
-            raise UserError("--data_train Demo: images to train on go to a folder DIR_DATA/NAME/HR, named --data_train NAME")
+            raise UserError("--data_train Demo: put images to train on into DIR_DATA/NAME/HR and give --data_train NAME")
         return _demo(Path(args.dir_demo))
     root = Path(args.dir_data)
     if name == "DIV2K":
@@ -61,9 +65,9 @@ def _find(name, args, train):
 
 def _missing(name, folders, train):
     looked = " and ".join(map(str, folders))
-    at_hand = "--data_train Sample --data_test Sample" if train else "--data_test Sample"
+    sample = "--data_train Sample --data_test Sample" if train else "--data_test Sample"
     return UserError(f"no dataset {name}: looked for {looked}; fetch the published ones with scripts/download_data.sh and "
-                     f"name their folder with --dir_data, or use the images at hand: {at_hand}")
+                     f"give their folder with --dir_data, or use the images of scikit-image: {sample}")
 
 
 def _sample(train):
@@ -72,7 +76,7 @@ def _sample(train):
     files = [folder / file for file in (SAMPLE_TRAIN if train else SAMPLE_TEST)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise UserError(f"{folder}: this scikit-image comes without {', '.join(missing)}; install the version of "
+        raise UserError(f"{folder}: this version of scikit-image lacks {', '.join(missing)}; install the version of "
                         "requirements.txt")
     return Source("Sample", folder, tuple(Pair(file.stem, file, None) for file in files))
 
@@ -80,7 +84,7 @@ def _sample(train):
 def _demo(folder):
     images = list_images(folder)
     if not images:
-        raise UserError(f"{folder}: no images there ({KINDS}); name the folder of your own with --dir_demo")
+        raise UserError(f"{folder}: no images there ({KINDS}); give the folder of your images with --dir_demo")
     stems = [file.stem for file in images]
     names = [stem if stems.count(stem) == 1 else file.name.replace(".", "_") for stem, file in zip(stems, images)]
     _check_names(names, images)
@@ -101,11 +105,14 @@ def _div2k(folder, args, train):
         raise UserError(f"{folder / 'DIV2K_train_HR'}: no images {chosen} there; choose others with --data_range")
     return Source("DIV2K", folder, tuple(_pairs(images, folder / "DIV2K_train_HR",
                                                 folder / "DIV2K_train_LR_bicubic" / f"X{args.scale}", args.scale,
-                                                only_these=True)))
+                                                is_subset=True)))
 
 
-def _pairs(images, hr_folder, lr_folder, scale, only_these=False):
-    """Each HR image with the LR image NAMExS of lr_folder, or with None where there is no such folder."""
+def _pairs(images, hr_folder, lr_folder, scale, is_subset=False):
+    """Pair each HR image with the LR image NAMExS of lr_folder, or with None where there is no such folder.
+
+    is_subset: whether lr_folder may hold more images.
+    """
     if not images:
         raise UserError(f"{hr_folder}: no images there ({KINDS})")
     _check_names([image.stem for image in images], images)
@@ -115,9 +122,9 @@ def _pairs(images, hr_folder, lr_folder, scale, only_these=False):
     pairs = [Pair(image.stem, image, lr_images.get(f"{image.stem}x{scale}", lr_images.get(image.stem))) for image in images]
     without = next((pair for pair in pairs if pair.lr is None), None)
     if without:
-        raise UserError(f"{lr_folder}: no {without.name}x{scale} for {without.hr}; complete the folder, or remove it to "
-                        "have LR images made from HR")
-    if len(lr_images) > len(images) and not only_these:
+        raise UserError(f"{lr_folder}: no {without.name}x{scale} for {without.hr}; complete the folder, or remove it, so "
+                        "that HR is downscaled")
+    if len(lr_images) > len(images) and not is_subset:
         raise UserError(f"{lr_folder} holds {len(lr_images)} images, {hr_folder} {len(images)}: they must be the same")
     return pairs
 
@@ -130,5 +137,6 @@ def _check_names(names, files):
             raise UserError(f"{first[name]} and {file.name} have the same name; rename or remove one of them")
 
 
-def default_cache():
+def default_cache() -> Path:
+    """Return the folder for the caches of datasets that are read-only."""
     return ROOT / "experiment" / "cache"

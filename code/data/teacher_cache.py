@@ -1,17 +1,24 @@
 """Cached teacher outputs (--cache_teacher): computed once for every training image, as 16-bit fixed point.
 
-An output is kept in the data's cache as int16 H x W x 3, whose unit is 1/128 of a grey level of 255, from -128 to 384:
-rounded by 1/256 at most. The name of its kind holds what it depends on beside the image: the teacher file's content, the
-scale and the precision. An interrupted computation goes on where it was (data/cache.py).
+An output is stored in the cache of the images (data/cache.py) as int16 H x W x 3. The unit is 1/128 of a grey level, so that
+the range is -128 to 384 and the error at most 1/256. The name of the kind contains the digest of the teacher's checkpoint,
+the scale and the precision, on which the output depends. An interrupted computation continues from the last image.
 """
 import logging
+from argparse import Namespace
+from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 
 import inference
 from data.cache import digest_of
-from data.dataset import progress
+from data.dataset import Crops, Images, progress
+from data.views import PlannedView
+from loss import Context, Loss
 from system.device import autocast
 from system.errors import UserError
 
@@ -19,31 +26,35 @@ log = logging.getLogger("sr")
 MIDDLE, UNIT = 128, 1 / 128
 
 
-def encode(sr):
+def encode(sr: torch.Tensor) -> np.ndarray:
     """Convert 3 x H x W in about [0, 255] to an int16 array H x W x 3."""
     return ((sr - MIDDLE) / UNIT).round().clamp(-2**15, 2**15 - 1).to(torch.int16).permute(1, 2, 0).cpu().numpy()
 
 
-def decode(outputs):
+def decode(outputs: torch.Tensor) -> torch.Tensor:
     """Convert an int16 tensor to float32 in about [0, 255]."""
     return outputs.float() * UNIT + MIDDLE
 
 
-def kind_of(path, args):
-    """Return the kind, in the data's cache, of the outputs of the teacher in that file."""
+def kind_of(path: Path | str, args: Namespace) -> str:
+    """Return the kind, in the cache, of the outputs of the teacher in that checkpoint."""
     return f"SR_X{args.scale}_{digest_of(path)[:16]}_{args.precision}"
 
 
-def teacher_output(net, images, index, device, args):
-    """Return the encoded output of the network for a whole LR image, computed in tiles."""
+def teacher_output(net: nn.Module, images: Images, index: int, device: torch.device, args: Namespace) -> np.ndarray:
+    """Compute the output of the network for a full LR image, in tiles, and return it encoded."""
     x = torch.tensor(images.lr(index)).permute(2, 0, 1)[None].float() * (args.rgb_range / 255)
     with autocast(device, args.precision):
         sr = inference.chop(net, x)
     return encode(sr[0].float() * (255 / args.rgb_range))
 
 
-def cache_outputs(crops, teachers, paths, device, args):
-    """Compute the outputs of each teacher, loaded from `paths`, that are not cached yet; `crops` then contain them."""
+def cache_outputs(crops: Crops, teachers: Iterable[nn.Module], paths: Iterable[Path | str], device: torch.device,
+                  args: Namespace) -> None:
+    """Compute the outputs that are not cached yet of each teacher, and add them to what `crops` returns.
+
+    paths: the checkpoint of each teacher.
+    """
     for net, path in zip(teachers, paths):
         kind = kind_of(path, args)
         net = net.eval().to(device, memory_format=torch.channels_last)
@@ -54,8 +65,8 @@ def cache_outputs(crops, teachers, paths, device, args):
         crops.teacher_kinds.append(kind)
 
 
-def uncached_uses(loss, views):
-    """Return what runs a teacher in every step in spite of its cached outputs: such as 'TS (zoom_in)'"""
+def uncached_uses(loss: Loss, views: Iterable[PlannedView]) -> list[str]:
+    """Return the terms, with their views, for which a teacher runs in spite of cached outputs, such as TS (zoom_in)."""
     more = {"features", "teacher_grad", "teacher_net"}
     found = [f"{name} (original batch)" for name in loss.names if loss.terms[name].needs & more]
     found += [f"{name} ({view.name})" for view in views for name in loss.terms_on(view.name, view.has_hr)
@@ -63,18 +74,18 @@ def uncached_uses(loss, views):
     return found
 
 
-def prepare(crops, loss, setting, paths, device):
-    """Make `crops` contain cached teacher outputs if that spares a run of the teacher, and log what still runs it.
+def prepare(crops: Crops, loss: Loss, context: Context, paths: Iterable[Path | str], device: torch.device) -> None:
+    """Cache the teacher outputs for the original batch, unless the teacher runs on it in any case, which is logged.
 
-    Raises UserError if no term of the loss uses a teacher.
+    paths: the checkpoint of each teacher. Raises UserError if no term of the loss uses a teacher.
     """
     needs = loss.needs_on("original", True)
-    running = ", ".join(uncached_uses(loss, setting.views))
+    running = ", ".join(uncached_uses(loss, context.views))
     if not needs & {"teacher", "teacher_net"}:
-        raise UserError(f"--cache_teacher: no term of {setting.args.loss} uses a teacher")
+        raise UserError(f"--cache_teacher: no term of {context.args.loss} uses a teacher")
     if "teacher" not in needs or needs & {"features", "teacher_grad"}:
-        log.info("--cache_teacher spares nothing here: the teacher runs on every batch for %s", running)
+        log.info("--cache_teacher has no effect: the teacher runs on every batch for %s", running)
         return
-    cache_outputs(crops, setting.teachers, paths, device, setting.args)
+    cache_outputs(crops, context.teachers, paths, device, context.args)
     log.info("teacher outputs for the original batch are cached, %s; %s", ", ".join(crops.teacher_kinds),
              f"the teacher still runs for {running}" if running else "the teacher is not run during training")

@@ -1,10 +1,11 @@
 """Views of a batch: the original pairs, and upcycled ones made from them, as in DUKD (Zhang et al., 2023).
 
 zoom_in    --n_zoom_in different tiles of HR's s x s grid, of the size of LR, as inputs without ground truth
-zoom_out   LR downscaled by s with the bicubic kernel that LR was made with, as input; LR is its ground truth
+zoom_out   LR downscaled by s with the bicubic kernel of LR, as input; LR is its ground truth
 
 Each view is a batch of its own. Its terms are means over its images, multiplied by the view's weight in --upcycle.
 """
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class View:
 
 @dataclass(frozen=True)
 class PlannedView:
-    """What is known of a view before there is a batch; side: of its outputs, in pixels."""
+    """The properties of a view that depend on the flags alone; side: that of its SR images, in pixels."""
 
     name: str
     has_hr: bool
@@ -62,8 +63,8 @@ def make_views(lr: torch.Tensor, hr: torch.Tensor, scale: int, upcycle: Sequence
             *(View(name, *MAKERS[name](lr, hr, scale, n_zoom_in), weight) for weight, name in upcycle)]
 
 
-def plan(args) -> list[PlannedView]:
-    """Plan the views of --upcycle by making them of a blank image; raises UserError where one cannot be made."""
+def plan(args: Namespace) -> list[PlannedView]:
+    """Return the properties of the views of --upcycle, found on a blank image; raises UserError where one is impossible."""
     hr = torch.zeros(1, 3, args.patch_size, args.patch_size, dtype=torch.uint8)
     lr = hr[..., ::args.scale, ::args.scale]
     try:

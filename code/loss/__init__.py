@@ -1,8 +1,10 @@
 """The loss: a string of weighted terms such as `0.5*DS+0.5*TS+10*SA`.
 
 Each file of this package holds a family of terms: its classes, `TERMS`, their names in the string, and `build_term`, which
-maps the command-line flags to their constructors. The classes themselves know no flags and work in any training script.
+maps the command-line flags to their constructors. The classes do not depend on the flags: any script can use them.
 """
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -31,7 +33,7 @@ def parse(string: str) -> dict[str, float]:
 
 
 def needs_of(string: str) -> frozenset[str]:
-    """Return what the terms of a loss string use: the union of their `needs`."""
+    """Return the union of the `needs` of the terms of a loss string."""
     return frozenset().union(*(TERMS[name].needs for name in parse(string)))
 
 
@@ -47,7 +49,8 @@ class Loss(nn.Module):
     """Weighted sum of terms over the views of a batch.
 
     On views other than the original batch (data/views.py) the terms are those of `view_terms`, or, if that is empty, all
-    that compare no feature maps; never terms that need ground truth on a view without, or that train the teacher.
+    that compare no feature maps. Terms that train the teacher are not computed on them, nor are terms that need ground truth
+    on a view without it.
     """
 
     def __init__(self, terms: dict[str, Term], weights: dict[str, float], view_terms: list[str] = ()):
@@ -61,7 +64,7 @@ class Loss(nn.Module):
         return terms_on(self.names, view, has_hr, self.view_terms)
 
     def needs_on(self, view: str, has_hr: bool) -> frozenset[str]:
-        """Return what the terms on a view use."""
+        """Return the union of the `needs` of the terms on a view."""
         return frozenset().union(*(TERMS[name].needs for name in self.terms_on(view, has_hr)))
 
     def forward(self, *views: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +86,7 @@ class Loss(nn.Module):
         return [parameter for term in self.terms.values() for parameter in term.trainable_parameters()]
 
     def update(self, inputs: LossInputs) -> None:
-        """Update the terms' own state after an optimiser step."""
+        """Update the state of the terms after an optimiser step."""
         with torch.autocast(inputs.lr.device.type, enabled=False):
             for term in self.terms.values():
                 term.update(inputs)
@@ -98,12 +101,15 @@ def terms_on(names: list[str], view: str, has_hr: bool, view_terms: list[str]) -
     return [name for name in chosen if not TERMS[name].needs & missing]
 
 
-def check_views(names, views, view_terms):
-    """Raise UserError where a view and the terms on it do not fit."""
+def check_views(names: Iterable[str], views: list, view_terms: list[str]) -> None:
+    """Raise UserError where a term cannot be computed on a view, or a view has no terms.
+
+    names: the terms of the loss. views: `data.views.PlannedView` of each.
+    """
     computed = {view: terms_on(names, view.name, view.has_hr, view_terms) for view in views}
     for name in view_terms:
         if name not in names:
-            raise UserError(f"--view_terms {name}: the loss has no such term, it has {', '.join(names)}")
+            raise UserError(f"--view_terms {name}: the loss has no such term; its terms are {', '.join(names)}")
         if not any(name in terms for terms in computed.values()):
             raise UserError(f"--view_terms {name}: it cannot be computed on {' or '.join(view.name for view in views)}")
     for view, terms in computed.items():

@@ -1,7 +1,7 @@
 """GAN: adversarial loss with a discriminator that is trained alternately.
 
 Used by MCADKD (Ko et al., ICCVW 2025), and an option of CSD (Wang et al., IJCAI 2021); the kinds are those of EDSR's code
-(Lim et al., CVPRW 2017) and LSGAN. With D(x) the discriminator's score of an image, R the ground truth, S the student's
+(Lim et al., CVPRW 2017) and LSGAN. D(x) is the discriminator's score of an image, R the ground truth, S the student's
 output:
 
            discriminator                                       student
@@ -81,9 +81,9 @@ def gradient_penalty(discriminator: nn.Module, real: torch.Tensor, fake: torch.T
 class Adversarial(Term):
     """GAN: the generator's loss. After each update of the student, the discriminator is updated `steps` times.
 
-    kind: see above. The discriminator is trained on the outputs that the student had before that update, by an Adam of its
-    own with learning rate `lr` and betas 0.9 and 0.99, whose state is in the term's state_dict. Images are in [0,
-    rgb_range].
+    kind: one of the table above. The discriminator is trained on the outputs that the student had before its update, with
+    Adam of learning rate `lr` and betas 0.9 and 0.99, whose state is in the term's state_dict. Images are in
+    [0, rgb_range].
     """
 
     needs = frozenset({"hr"})
@@ -95,9 +95,11 @@ class Adversarial(Term):
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr, betas=(0.9, 0.99), fused=True)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield nothing: the discriminator has an optimiser of its own."""
         return iter(())
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute the student's loss from the scores of the discriminator, whose weights are constants here."""
         constants = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         real, fake = None, functional_call(self.discriminator, constants, self.to_input(inputs.student.sr))
         if self.kind == "RGAN":
@@ -105,6 +107,7 @@ class Adversarial(Term):
         return generator_loss(self.kind, real, fake)
 
     def update(self, inputs: LossInputs) -> None:
+        """Update the discriminator `steps` times on HR and the student's output."""
         parameters = list(self.discriminator.parameters())
         real, fake = self.to_input(inputs.hr), self.to_input(inputs.student.sr.detach())
         for _ in range(self.steps):
@@ -129,7 +132,7 @@ class Adversarial(Term):
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state: dict) -> None:
-        """Load the state of the discriminator's optimiser; the learning rate remains the one that was given."""
+        """Load the state of the discriminator's optimiser; the learning rate remains that of the constructor."""
         load_optimizer(self.optimizer, state)
 
 

@@ -1,7 +1,7 @@
 """Spatial affinity: L1 between N x N matrices of the similarities of all pairs of positions, N = H W.
 
 Source: FAKD, Feature-affinity Based Knowledge Distillation (He et al., ICIP 2020). The published code stores the matrices,
-17 GB for one 256 x 256 feature map. Here only a block exists at a time, loss and gradient are computed from it in one pass,
+17 GB for one 256 x 256 feature map. Here one block exists at a time, from which loss and gradient are computed in one pass,
 and only the upper triangle of the symmetric matrices is computed.
 """
 import functools
@@ -24,7 +24,7 @@ EPSILON = 1e-8
 # multiple of 16, are as fast as large ones, with one thread or two. A GPU needs few and large blocks.
 BLOCK = 384**2
 BLOCK_GPU = 4096**2
-TRIAL = 8, 1999  # images and positions of the feature maps with which blocks and kernel are timed
+TRIAL = 8, 1999  # images and positions of the feature maps for timing blocks and kernel
 
 
 def affinity_l1(student: torch.Tensor, teacher: torch.Tensor, polynomial: Sequence[float] | None = None) -> torch.Tensor:
@@ -37,21 +37,21 @@ def affinity_l1(student: torch.Tensor, teacher: torch.Tensor, polynomial: Sequen
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise ValueError(f"feature maps {tuple(student.shape)} and {tuple(teacher.shape)} differ in batch size, height or "
                          "width")
-    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (student, teacher))
-    return _AffinityL1.apply(student.flatten(2).mT, teacher.flatten(2).mT, polynomial, wanted)
+    needs_grad = tuple(torch.is_grad_enabled() and x.requires_grad for x in (student, teacher))
+    return _AffinityL1.apply(student.flatten(2).mT, teacher.flatten(2).mT, polynomial, needs_grad)
 
 
 class _AffinityL1(torch.autograd.Function):
-    """Take B x N x C. Forward computes the gradients too, as a second pass over all pairs would cost as much again."""
+    """Loss of B x N x C; forward computes the gradients too, since a second pass over all pairs would take as long again."""
 
     @staticmethod
-    def forward(ctx, student, teacher, polynomial, wanted):
+    def forward(ctx, student, teacher, polynomial, needs_grad):
         units = [rows.clone(memory_format=torch.contiguous_format) for rows in (student, teacher)]
         norms = [rows.norm(dim=2, keepdim=True).add_(EPSILON) for rows in units]
         for rows, norm in zip(units, norms):
             rows.div_(norm)
         pairs = student.shape[0] * student.shape[1] ** 2
-        total, gradients = _sum(*units, polynomial, wanted)
+        total, gradients = _sum(*units, polynomial, needs_grad)
         ctx.gradients = [None if gradient is None else _before_division(gradient.mul_(2 / pairs), unit, norm)
                          for gradient, unit, norm in zip(gradients, units, norms)]  # 2: by both positions of a pair
         return (total / pairs).to(student.dtype)
@@ -68,26 +68,26 @@ def _before_division(gradient, unit, norm):
     return gradient.addcmul_(unit, radial, value=-1).div_(norm)
 
 
-def _sum(student, teacher, polynomial, wanted):
+def _sum(student, teacher, polynomial, needs_grad):
     """Call sum_in_blocks or, on a GPU where it is faster, the Triton kernel of loss/affinity_triton.py."""
     implementation = sum_in_blocks
     if student.is_cuda and student.dtype == torch.float32:
         widths = student.shape[2], teacher.shape[2]
-        implementation = _choose(student.device, widths, None if polynomial is None else tuple(polynomial), wanted)
-    return implementation(student, teacher, polynomial, wanted)
+        implementation = _choose(student.device, widths, None if polynomial is None else tuple(polynomial), needs_grad)
+    return implementation(student, teacher, polynomial, needs_grad)
 
 
 @functools.cache
-def _choose(device, widths, polynomial, wanted):
+def _choose(device, widths, polynomial, needs_grad):
     """Return the Triton kernel if it can be compiled, agrees with the blocks and is faster; else sum_in_blocks."""
     try:
-        from loss.affinity_triton import sum_in_kernel  # noqa: PLC0415 - PyTorch without a GPU comes without triton
-        faster = _is_faster(sum_in_kernel, device, widths, polynomial, wanted)
-    except Exception as error:  # any failure of compiler, driver or GPU: the blocks need none of them
+        from loss.affinity_triton import sum_in_kernel  # noqa: PLC0415 - PyTorch for CPUs has no triton
+        faster = _is_faster(sum_in_kernel, device, widths, polynomial, needs_grad)
+    except Exception as error:  # failures of compiler, driver or GPU have no common class; the blocks need none of them
         _log_once(f"spatial affinity without its Triton kernel: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         return sum_in_blocks
-    faster_one = "the Triton kernel" if faster else "blocks, which are faster here than the Triton kernel"
-    _log_once(f"spatial affinity: {faster_one}")
+    chosen = "the Triton kernel" if faster else "blocks, which are faster than the Triton kernel on this GPU"
+    _log_once(f"spatial affinity: {chosen}")
     return sum_in_kernel if faster else sum_in_blocks
 
 
@@ -96,17 +96,17 @@ def _log_once(line):
     log.info(line)
 
 
-def _is_faster(kernel, device, widths, polynomial, wanted):
+def _is_faster(kernel, device, widths, polynomial, needs_grad):
     """Return whether `kernel` is faster than sum_in_blocks on random rows; raises RuntimeError where the results differ."""
-    generator = torch.Generator(device).manual_seed(0)  # of its own: this must not change the random numbers of training
+    generator = torch.Generator(device).manual_seed(0)  # not the global one, whose numbers training uses
     units = [F.normalize(torch.randn(*TRIAL, width, generator=generator, device=device), dim=2) for width in widths]
-    units[1] = F.normalize(units[1] * units[1][..., :1].sign() + 1, dim=2)  # not about 0
+    units[1] = F.normalize(units[1] * units[1][..., :1].sign() + 1, dim=2)  # similarities not around 0
     seconds, results = [], []
     for implementation in (kernel, sum_in_blocks):
         times = []
-        for _ in range(4):  # the first compiles
+        for _ in range(4):  # the first run compiles the kernel
             start = time.perf_counter()
-            total, gradients = implementation(*units, polynomial, wanted)
+            total, gradients = implementation(*units, polynomial, needs_grad)
             value = total.item()  # waits for the GPU
             times.append(time.perf_counter() - start)
         seconds.append(min(times))
@@ -120,25 +120,26 @@ def _is_faster(kernel, device, widths, polynomial, wanted):
     return seconds[0] < seconds[1]
 
 
-def sum_in_blocks(student, teacher, polynomial, wanted):
+def sum_in_blocks(student: torch.Tensor, teacher: torch.Tensor, polynomial: Sequence[float] | None,
+                  needs_grad: tuple[bool, bool]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Sum |difference of similarities| over all pairs of positions.
 
     student, teacher: unit vectors B x N x C. Returns the sum in float64, and a list of half its gradient (B x N x C) with
-    respect to each of the two where it is `wanted`, else None.
+    respect to each of the two where it is needed, else None.
     """
     batch, n = student.shape[:2]
     side = math.isqrt(BLOCK_GPU if student.is_cuda else BLOCK)
     total = torch.zeros((), dtype=torch.float64, device=student.device)
-    gradients = [torch.zeros_like(unit) if want else None for unit, want in zip((student, teacher), wanted)]
+    gradients = [torch.zeros_like(unit) if needed else None for unit, needed in zip((student, teacher), needs_grad)]
     for image, top in itertools.product(range(batch), range(0, n, side)):
         for left in range(top, n, side):
             rows, columns = (image, slice(top, top + side)), (image, slice(left, left + side))
-            values, slopes = zip(*(_similarities(unit[rows], unit[columns], polynomial, want)
-                                   for unit, want in zip((student, teacher), wanted)))
-            difference = values[0].sub_(values[1])  # equal inputs have equal products, so that rounding gives no sign
+            values, slopes = zip(*(_similarities(unit[rows], unit[columns], polynomial, needed)
+                                   for unit, needed in zip((student, teacher), needs_grad)))
+            difference = values[0].sub_(values[1])  # exactly 0 for equal inputs: their products are rounded alike
             # abs and sum, two passes, take a fifth of the time of vector_norm(1)
             total += (1 if left == top else 2) * difference.abs().sum()
-            if not any(wanted):
+            if not any(needs_grad):
                 continue
             sign = difference.sign_()
             for gradient, unit, slope, direction in zip(gradients, (student, teacher), slopes, (1, -1)):
@@ -151,13 +152,13 @@ def sum_in_blocks(student, teacher, polynomial, wanted):
     return total, gradients
 
 
-def _similarities(rows, columns, polynomial, want_slope):
-    """Return the similarities of all rows with all columns and the slope of the polynomial there, if wanted, or None."""
+def _similarities(rows, columns, polynomial, with_slope):
+    """Return the similarities of all rows with all columns, and with_slope the slope of the polynomial there, else None."""
     cosine = rows @ columns.T
     if polynomial is None:
         return cosine, None
     derivative = [p * c for p, c in enumerate(polynomial)][1:] or [0]
-    return _horner(polynomial, cosine), _horner(derivative, cosine) if want_slope else None
+    return _horner(polynomial, cosine), _horner(derivative, cosine) if with_slope else None
 
 
 def _horner(coefficients, x):
@@ -185,10 +186,11 @@ class SpatialAffinity(Term):
         self.features = tuple(features)
 
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
-        """Map a feature map to the one whose affinity is compared."""
+        """Transform a feature map B x C x H x W before its affinity is computed."""
         return x.float()
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute the L1 between spatial affinities, summed over the feature maps."""
         return sum(affinity_l1(self.prepare(inputs.student.features[index]), self.prepare(inputs.teacher.features[index]),
                                self.polynomial) for index in self.features)
 
@@ -201,6 +203,7 @@ class PooledSpatialAffinity(SpatialAffinity):
         self.pool_size, self.pool_type = pool_size, pool_type
 
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool a feature map B x C x H x W."""
         return pool(x.float(), self.pool_size, self.pool_type)
 
 

@@ -1,12 +1,14 @@
 """Spatial affinity as one Triton kernel for GPUs, which stores no part of the N x N matrices in global memory.
 
 A program handles some rows of one image and loops over all columns. It computes a tile of both matrices, sums |difference|,
-and multiplies its sign with the columns' vectors into the gradient of its rows. Every pair is visited twice, where the
-blocks of affinity.py visit it once (6 products instead of 4). In return no two programs write to the same address, so that
-there are no atomics and the result is deterministic.
+and multiplies its sign with the columns' vectors into the gradient of its rows. Every pair is computed twice, in
+the blocks of affinity.py once (6 products instead of 4). In return no two programs write to the same address, so that there
+are no atomic operations and the result is deterministic.
 
-Imported only where there is a GPU: `triton` comes with PyTorch for CUDA, not with PyTorch for CPUs.
+Imported only where there is a GPU: `triton` is installed with PyTorch for CUDA, not with PyTorch for CPUs.
 """
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ import triton.language as tl
 # Rows of a program, columns and channels of a step. With 64 columns registers spill (compute capability 8.0, 64 channels),
 # with 32 they do not, and a step takes 16 KB of shared memory.
 ROWS, COLUMNS, CHANNELS = 64, 32, 32
-MAX_CHANNELS = 128  # of the gradient that fits into a program's registers beside a tile
+MAX_CHANNELS = 128  # of the gradient, which is kept in registers beside a tile
 
 
 @triton.jit
@@ -74,34 +76,35 @@ def _kernel(student, teacher, coefficients, sums, gradient, n,
                  mask=(rows < n)[:, None] & (channel < STUDENT)[None, :])
 
 
-def sum_in_kernel(student, teacher, polynomial, wanted):
+def sum_in_kernel(student: torch.Tensor, teacher: torch.Tensor, polynomial: Sequence[float] | None,
+                  needs_grad: tuple[bool, bool]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Compute affinity.sum_in_blocks for float32; raises ValueError for gradients of more than MAX_CHANNELS channels."""
     total, gradients = None, [None, None]
     for index, (one, other) in enumerate(((student, teacher), (teacher, student))):
-        if wanted[index] or (index == 0 and not any(wanted)):  # the teacher's gradient, rarely wanted, with roles swapped
-            total, gradients[index] = _launch(one, other, polynomial, wanted[index])
+        if needs_grad[index] or (index == 0 and not any(needs_grad)):  # 1: teacher and student exchanged
+            total, gradients[index] = _launch(one, other, polynomial, needs_grad[index])
     return total, gradients
 
 
-def _launch(student, teacher, polynomial, wanted):
+def _launch(student, teacher, polynomial, needs_grad):
     """Return the sum over all pairs and half of its gradient with respect to `student`, or None."""
     batch, n, channels = student.shape
-    if wanted and channels > MAX_CHANNELS:
+    if needs_grad and channels > MAX_CHANNELS:
         raise ValueError(f"no kernel for gradients of more than {MAX_CHANNELS} channels")
     degree, coefficients = -1, student  # not read
     if polynomial is not None:
         degree, coefficients = len(polynomial) - 1, torch.tensor(polynomial, dtype=torch.float32, device=student.device)
     sums = student.new_empty(batch, n)
-    gradient = torch.empty_like(student) if wanted else None
-    width = max(16, triton.next_power_of_2(channels)) if wanted else 16  # tl.dot needs at least 16
+    gradient = torch.empty_like(student) if needs_grad else None
+    width = max(16, triton.next_power_of_2(channels)) if needs_grad else 16  # tl.dot needs at least 16
     with torch.cuda.device_of(student):  # Triton launches on the current GPU
         _kernel[(triton.cdiv(n, ROWS), batch)](
-            student, teacher, coefficients, sums, gradient if wanted else sums, n, channels, teacher.shape[2], degree,
-            wanted, width, CHANNELS, ROWS, COLUMNS, _precision(student.device), num_warps=4, num_stages=1)
+            student, teacher, coefficients, sums, gradient if needs_grad else sums, n, channels, teacher.shape[2], degree,
+            needs_grad, width, CHANNELS, ROWS, COLUMNS, _precision(student.device), num_warps=4, num_stages=1)
     return sums.sum(dtype=torch.float64), gradient
 
 
 def _precision(device):
     """Return the precision of tl.dot: on tensor cores three TF32 products, whose relative error is about 2^-22."""
-    can = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "tf32x3" if can else "ieee"
+    has_tf32 = device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "tf32x3" if has_tf32 else "ieee"

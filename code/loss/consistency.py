@@ -18,7 +18,7 @@ INVERT, FLIP_HORIZONTAL, FLIP_VERTICAL, TRANSPOSE = range(4)
 
 
 def draw(images: torch.Tensor, p: float) -> torch.Tensor:
-    """Draw which operations each of the images N x 3 x H x W gets, each with probability p: N x 4 booleans on the CPU.
+    """Draw the operations for each of the images N x 3 x H x W, each with probability p: N x 4 booleans on the CPU.
 
     Where H and W differ either all images are transposed or none, since the results must have one size. The random numbers
     are those of torch's default generator on the CPU.
@@ -46,7 +46,7 @@ def restore(images: torch.Tensor, chosen: torch.Tensor, rgb_range: float) -> tor
 
 
 def restore_features(x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Undo the flips and the transpose on a feature map N x C x H x W; an inversion of colours cannot be undone there."""
+    """Undo the flips and the transpose on a feature map N x C x H x W; a colour inversion cannot be undone on features."""
     chosen = chosen.to(x.device, non_blocking=True)
     for operation in (TRANSPOSE, FLIP_VERTICAL, FLIP_HORIZONTAL):
         x = _apply(operation, x, chosen[:, operation], None)
@@ -55,9 +55,9 @@ def restore_features(x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
 def with_label_consistency(forward: Callable[[list[torch.Tensor]], list[Output]], inputs: list[torch.Tensor], p: float,
                            rgb_range: float) -> list[Output]:
-    """Run `forward` on perturbed batches and return its outputs mapped back; each operation has probability p.
+    """Run `forward` on perturbed batches, and undo the operations on its outputs; each operation has probability p.
 
-    Feature maps are those of the perturbed input, moved back to the positions of the original.
+    Feature maps are those of the perturbed inputs, with flips and transposes undone.
     """
     if not p:
         return forward(inputs)
@@ -79,7 +79,7 @@ def _apply(operation, images, chosen, rgb_range):
 
 
 class LabelConsistency(Term):
-    """LC: L1(S, T_lc), where T_lc is the teacher's output for the perturbed LR, mapped back (DCKD).
+    """LC: L1(S, T_lc), where T_lc is the teacher's output for the perturbed LR, with the operations undone (DCKD).
 
     p: probability of each of the four operations. Images are in [0, rgb_range].
     """
@@ -98,6 +98,7 @@ class LabelConsistency(Term):
         return restore(sr, chosen, self.rgb_range)
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute L1(S, T_lc), a scalar."""
         return F.l1_loss(inputs.student.sr, self.target(inputs))
 
 

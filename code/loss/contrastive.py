@@ -1,4 +1,4 @@
-"""Contrastive loss in VGG-19's feature space: the student's output near the teacher's and far from upsampled LR images.
+"""Contrastive loss on VGG-19 features: positives are teacher outputs, negatives are upsampled LR images of the batch.
 
 Source: CSD, Towards Compact Single Image Super-Resolution via Contrastive Self-distillation (Wang et al., IJCAI 2021).
 """
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from loss.frozen import once
+from loss.frozen import compute_once
 from loss.term import Context, LossInputs, Term
-from loss.vgg import SMALLEST, shared_vgg, without_graph
+from loss.vgg import MIN_SIDE, shared_vgg, without_graph
 from system.distributed import all_gather, all_reduce_mean, global_batch_size, local_shard
 from system.errors import UserError
 
@@ -29,7 +29,7 @@ def contrast_l1(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
     """
     total = 0
     for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
-        rows = all_of(n, s) if chosen is None else chosen.to(s.device, non_blocking=True)
+        rows = all_negatives(n, s) if chosen is None else chosen.to(s.device, non_blocking=True)
         apart = sum(checkpoint(distance, s, n, row, use_reentrant=False, preserve_rng_state=False) for row in rows)
         total = total + weight * all_reduce_mean(F.l1_loss(s, t)) / (all_reduce_mean(apart) + EPSILON)
     return total
@@ -46,7 +46,7 @@ def contrast_cos(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
     total = 0
     for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
         near = cosine_along_batch(t, s).mean()
-        rows = all_of(n, s) if chosen is None else chosen.to(s.device, non_blocking=True)
+        rows = all_negatives(n, s) if chosen is None else chosen.to(s.device, non_blocking=True)
         products = F.normalize(s.flatten(1)) @ F.normalize(n.flatten(1)).T
         apart = all_reduce_mean(products.gather(1, rows.T).sum() / s.numel())
         total = total + weight * (torch.log(apart.exp() + EPSILON) - near)
@@ -56,38 +56,40 @@ def contrast_cos(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor
 def cosine_along_batch(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Compute the cosine similarity along the batch axis: N x C x H x W each -> C x H x W."""
     products, *squares = (all_reduce_mean((x * y).sum(0)) for x, y in ((first, second), (first, first), (second, second)))
-    return products / (squares[0] * squares[1]).clamp_min(1e-16).sqrt()  # as F.cosine_similarity has it
+    return products / (squares[0] * squares[1]).clamp_min(1e-16).sqrt()  # the lower bound of F.cosine_similarity
 
 
-def all_of(negatives, anchors):
+def all_negatives(negatives: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Return K x N indices: each of the K negatives for every one of the N anchors."""
     return torch.arange(len(negatives), device=anchors.device)[:, None].expand(-1, len(anchors))
 
 
-def distance(anchors, others, row):
-    return F.l1_loss(anchors, others[row])
+def distance(anchors: torch.Tensor, negatives: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Compute the mean absolute difference between N anchors and the negatives with the N indices `row`."""
+    return F.l1_loss(anchors, negatives[row])
 
 
 def draw_negatives(images: int, count: int) -> torch.Tensor:
-    """Draw for each of the images `count` different others: count x N, where each image is as often a negative as any."""
+    """Draw `count` different other images for each image: count x N indices, in which each image occurs equally often."""
     shifts = 1 + torch.randperm(images - 1)[:count]
     return (torch.arange(images) + shifts[:, None]) % images
 
 
-def student_features(vgg, inputs):
-    return once(inputs, "vgg_student", lambda: vgg(inputs.student.sr))
+def student_features(vgg: nn.Module, inputs: LossInputs) -> list[torch.Tensor]:
+    """Compute the VGG-19 features of the student's output, once for all terms."""
+    return compute_once(inputs, "vgg_student", lambda: vgg(inputs.student.sr))
 
 
 class ContrastiveLoss(Term):
     """CSD: contrast in VGG-19's relu1_1, relu2_1, relu3_1, relu4_1 and relu5_1.
 
-    vgg: loss.vgg.VGG19. negatives: how many other LR images of the batch, bicubically upsampled, each anchor has. distance:
-    L1 or cos. Departs from the published code: there an image can be its own negative, VGG is given [0, 255] without
-    ImageNet's normalisation, and a graph of teacher and negatives is kept that nothing uses.
+    vgg: loss.vgg.VGG19. negatives: number of negatives of each anchor, which are other LR images of the batch,
+    bicubically upsampled. distance: L1 or cos. Departs from the published code, where an image can be its own negative, the
+    inputs of VGG are in [0, 255] without ImageNet's normalisation, and an unused graph of teacher and negatives is kept.
     """
 
     needs = frozenset({"teacher"})
-    min_size = SMALLEST
+    min_size = MIN_SIDE
 
     def __init__(self, vgg: nn.Module, negatives: int = 10, distance: str = "L1"):
         super().__init__()
@@ -95,8 +97,8 @@ class ContrastiveLoss(Term):
         self.contrast = {"L1": contrast_l1, "cos": contrast_cos}[distance]
         object.__setattr__(self, "vgg", vgg)  # not a submodule: it is neither trained nor saved
 
-    def other_features(self, inputs: LossInputs) -> tuple:
-        """Compute the features of the teacher's output and of upsampled LR images, and which negatives each anchor has."""
+    def target_features(self, inputs: LossInputs) -> tuple:
+        """Compute the features of teacher output and negatives, and the indices of each anchor's negatives."""
         images = global_batch_size(len(inputs.lr))
         if self.negatives > images - 1:
             raise UserError(f"CSD: --neg_num {self.negatives} negatives are other images of the batch, which has {images}")
@@ -107,7 +109,8 @@ class ContrastiveLoss(Term):
         return *without_graph(self.vgg, inputs.teacher.sr, upsampled), chosen
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
-        return self.contrast(student_features(self.vgg, inputs), *self.other_features(inputs))
+        """Compute the contrast of positive and negatives, a scalar."""
+        return self.contrast(student_features(self.vgg, inputs), *self.target_features(inputs))
 
 
 class PerceptualLoss(Term):
@@ -118,13 +121,14 @@ class PerceptualLoss(Term):
     """
 
     needs = frozenset({"hr"})
-    min_size = SMALLEST
+    min_size = MIN_SIDE
 
     def __init__(self, vgg: nn.Module):
         super().__init__()
         object.__setattr__(self, "vgg", vgg)
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute the weighted L1 of VGG-19 features, a scalar."""
         (target,) = without_graph(self.vgg, inputs.hr)
         student = student_features(self.vgg, inputs)
         return sum(weight * F.l1_loss(s, t) for weight, s, t in zip(WEIGHTS, student, target, strict=True))
@@ -140,6 +144,7 @@ class TeacherDataSupervision(Term):
         self.iterations = iterations
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute L1(T, HR), a scalar; 0 after `iterations`."""
         if self.iterations is not None and inputs.iteration >= self.iterations:
             return inputs.hr.new_zeros(())
         return F.l1_loss(inputs.teacher_sr_with_grad, inputs.hr)
@@ -155,7 +160,7 @@ def build_term(name: str, context: Context) -> Term:
         return PerceptualLoss(shared_vgg(context))
     if name == "T_DS":
         if not args.width_mult:
-            raise UserError("T_DS trains the teacher, which is fixed here: it needs a student that is a slice of "
+            raise UserError("T_DS trains the teacher, which is frozen: it requires a student that is a slice of "
                             "the teacher, --width_mult")
         return TeacherDataSupervision(args.t_l_remove * args.test_every)
     images, flags = context.images_per_step()

@@ -32,7 +32,7 @@ def random_noise(images: torch.Tensor, rgb_range: float) -> torch.Tensor:
     return images + noise * sigma.to(images, non_blocking=True)
 
 
-def random_blur(images: torch.Tensor, _) -> torch.Tensor:
+def random_blur(images: torch.Tensor, _: float) -> torch.Tensor:
     """Blur with a Gaussian of odd size in 3..11 and sigma in [0.1, 2] for each axis; edge pixels are replicated."""
     radius = local_shard(torch.randint(1, RADIUS + 1, (global_batch_size(len(images)), 1)))
     for axis in (2, 3):
@@ -41,14 +41,14 @@ def random_blur(images: torch.Tensor, _) -> torch.Tensor:
     return images
 
 
-def gaussian(sigma, radius):
+def gaussian(sigma: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """Compute N x 11 kernels of sum 1, zero beyond the radius, from N x 1 of each."""
     place = torch.arange(-RADIUS, RADIUS + 1)
     kernel = torch.exp(-0.5 * (place / sigma) ** 2) * (place.abs() <= radius)
     return kernel / kernel.sum(1, keepdim=True)
 
 
-def blur_axis(images, kernels, axis):
+def blur_axis(images: torch.Tensor, kernels: torch.Tensor, axis: int) -> torch.Tensor:
     """Blur each image by its own kernel along axis 2 or 3."""
     n, c, height, width = images.shape
     padding = (0, 0, RADIUS, RADIUS) if axis == 2 else (RADIUS, RADIUS, 0, 0)
@@ -57,7 +57,7 @@ def blur_axis(images, kernels, axis):
     return F.conv2d(padded.reshape(1, n * c, *padded.shape[2:]), kernels, groups=n * c).view(n, c, height, width)
 
 
-def random_resize(images: torch.Tensor, _) -> torch.Tensor:
+def random_resize(images: torch.Tensor, _: float) -> torch.Tensor:
     """Resize by a factor uniform in [0.5, 1.5] and back, each by area, bilinear or bicubic interpolation."""
     size = images.shape[2:]
     factor = 0.5 + torch.rand(()).item()
@@ -67,6 +67,6 @@ def random_resize(images: torch.Tensor, _) -> torch.Tensor:
     return images
 
 
-def uniform(count, low, high):
+def uniform(count: int, low: float, high: float) -> torch.Tensor:
     """Draw a number for each of the images of the local shard."""
     return low + (high - low) * local_shard(torch.rand(global_batch_size(count)))

@@ -1,6 +1,6 @@
 """Distillation in the feature space and the code distributions of a VQGAN: DCKD (Zhou et al., AAAI 2025).
 
-The VQGAN is given images in [-1, 1], on which it was trained; DCKD's published code gives it [0, 1].
+The inputs of the VQGAN are in [-1, 1], as in its training; in DCKD's published code they are in [0, 1].
 """
 import copy
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import nn
 
 from loss.contrastive import contrast_l1
 from loss.degradation import degrade
-from loss.frozen import once
+from loss.frozen import compute_once
 from loss.term import Context, LossInputs, Term
 from loss.vgg import without_graph
 from loss.vqgan import shared_vqgan
@@ -26,15 +26,16 @@ def cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return -(F.softmax(teacher, 1) * F.log_softmax(student, 1)).sum(1).mean()
 
 
-def student_features(vqgan, inputs):
-    return once(inputs, "vqgan_student", lambda: vqgan(inputs.student.sr))
+def student_features(vqgan: nn.Module, inputs: LossInputs) -> list[torch.Tensor]:
+    """Compute the VQGAN features of the student's output, once for all terms."""
+    return compute_once(inputs, "vqgan_student", lambda: vqgan(inputs.student.sr))
 
 
 class DistributionMapping(Term):
     """DMM: cross-entropy between the distributions of student and teacher over the codes of the VQGAN.
 
-    C = softmax(max d - d), with the squared distances d of z = quant_conv(encoder(image)) to the codes. The entropy of the
-    teacher's distribution is the least that the term can be. Departs from the published code, which passes probabilities to
+    C = softmax(max d - d), with the squared distances d of z = quant_conv(encoder(image)) to the codes. The minimum of the
+    term is the entropy of the teacher's distribution. Departs from the published code, which passes probabilities to
     a cross-entropy that applies softmax once more. vqgan: loss.vqgan.VQGAN.
     """
 
@@ -49,16 +50,17 @@ class DistributionMapping(Term):
         return self.vqgan.code_logits(self.vqgan.latent(features[-1]))
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
-        teacher = once(inputs, "vqgan_teacher", lambda: without_graph(self.vqgan, inputs.teacher.sr)[0])
+        """Compute the cross-entropy, mean over N x H/16 x W/16 positions."""
+        teacher = compute_once(inputs, "vqgan_teacher", lambda: without_graph(self.vqgan, inputs.teacher.sr)[0])
         return cross_entropy(self.logits(student_features(self.vqgan, inputs)), self.logits(teacher))
 
 
 class DynamicContrastiveLoss(Term):
     """DCR: contrast_l1 in the first residual block of each level of the VQGAN's encoder.
 
-    Negatives are the outputs of the history model for LR and for `negatives` degradations of LR, each with noise, blur and
-    resizing at these probabilities. The history model is a copy of `student`. Every s iterations it becomes 0.1 of itself +
-    0.9 of the student's moving average, where s is the first element of `history_every` in the first 100,000 iterations, the
+    Negatives are the outputs of the history model for LR and for `negatives` degradations of LR: noise, blur and resizing,
+    each with its probability. The history model is a copy of `student`. Every s iterations it becomes 0.1 of itself + 0.9 of
+    the EMA of the student, where s is the first element of `history_every` in the first 100,000 iterations, the
     second in the next, and so on. vqgan: loss.vqgan.VQGAN. Raises ValueError where no input would be degraded.
     """
 
@@ -81,6 +83,7 @@ class DynamicContrastiveLoss(Term):
         return inputs.forward(self.history, torch.cat([inputs.lr, *degraded]))
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute the contrast of teacher output and negatives, a scalar."""
         negatives = self.history_outputs(inputs)
         if "vqgan_teacher" in inputs.cache:
             (others,) = without_graph(self.vqgan, negatives)
@@ -91,6 +94,7 @@ class DynamicContrastiveLoss(Term):
 
     @torch.no_grad()
     def update(self, inputs: LossInputs) -> None:
+        """Update the history model every s iterations."""
         every = self.history_every[min(inputs.iteration // PERIOD, len(self.history_every) - 1)]
         if (inputs.iteration + 1) % every == 0:
             torch._foreach_lerp_(list(self.history.parameters()), list(inputs.ema_student.parameters()), 1 - HISTORY_DECAY)

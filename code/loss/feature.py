@@ -1,4 +1,4 @@
-"""Feature distillation: the transforms of FAKD beside spatial affinity (He et al., ICIP 2020).
+"""Feature distillation: the transforms of FAKD other than spatial affinity (He et al., ICIP 2020).
 
 Each term is the sum over the feature maps `features` of L1(transform(student), transform(teacher)), mean over elements. The
 four feature maps of a network are: 0 after the head, 1 and 2 at a third and two thirds of the body, 3 at its end.
@@ -65,10 +65,11 @@ class FeatureTerm(Term):
         self.features = tuple(features)
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
-        """Map a feature map B x C x H x W to what is compared."""
+        """Transform a feature map B x C x H x W before student and teacher are compared."""
         raise NotImplementedError
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute the L1 between transformed feature maps, summed over `features`."""
         pairs = ((inputs.student.features[index].float(), inputs.teacher.features[index].float())
                  for index in self.features)
         return sum(F.l1_loss(self.transform(student), self.transform(teacher)) for student, teacher in pairs)
@@ -78,6 +79,7 @@ class ChannelAffinity(FeatureTerm):
     """CA: channel affinity; both networks need the same number of channels."""
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the channel affinity B x C x C."""
         return channel_affinity(x)
 
 
@@ -85,6 +87,7 @@ class InstanceAffinity(FeatureTerm):
     """IA: instance affinity; needs two images or more."""
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the instance affinity B x B."""
         return instance_affinity(x)
 
 
@@ -92,6 +95,7 @@ class AttentionTransfer(FeatureTerm):
     """AT: attention transfer."""
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the attention B x HW."""
         return attention(x)
 
 
@@ -103,6 +107,7 @@ class MaximumMeanDiscrepancy(FeatureTerm):
         self.pool_size, self.pool_type = pool_size, pool_type
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the distances B x hw x hw of pooled feature maps h x w."""
         return mean_distances(pool(x, self.pool_size, self.pool_type))
 
 
@@ -115,6 +120,7 @@ class FSP(FeatureTerm):
             raise ValueError(f"FSP compares successive feature maps, features {list(self.features)} is only one")
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute the L1 between the FSP matrices of successive feature maps, summed over the pairs."""
         student, teacher = ([features[index].float() for index in self.features]
                             for features in (inputs.student.features, inputs.teacher.features))
         return sum(F.l1_loss(fsp_matrix(*student[k:k + 2]), fsp_matrix(*teacher[k:k + 2]))
@@ -134,6 +140,7 @@ class FitNet(FeatureTerm):
                                        for width in sorted({*teacher_feats} - {student_feats}) for index in self.features})
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute the L1 between feature maps, of the same width after the adapters, summed over `features`."""
         total = 0
         for index in self.features:
             student, teacher = inputs.student.features[index].float(), inputs.teacher.features[index].float()

@@ -1,12 +1,13 @@
-"""Pretrained feature networks of the loss, which are never trained, and untrained ones for trying things out.
+"""Frozen feature networks of the loss: pretrained ones, and untrained ones for experiments without their checkpoints.
 
-A run builds each once, in `context.shared`; a term keeps it outside of its own modules (`object.__setattr__`), so that it is
-in no state_dict and no optimiser. The feature maps of an image are computed once in a step, by `once`. `title` is the
-network's name in messages.
+Each is built once per run, in `context.shared`. A term does not register it as a submodule (`object.__setattr__`), so that
+it is in no state_dict and no optimiser. The feature maps of an image are computed once in a step, by `compute_once`. `title`
+is the network's name in messages.
 """
 import logging
 import math
 import os
+from argparse import Namespace
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
@@ -19,15 +20,15 @@ from model.loading import CheckpointError
 log = logging.getLogger("sr")
 
 
-def frozen(context: Context, name: str, make: Callable) -> nn.Module:
-    """Return the run's network `name`, which `make(args)` builds on first use: in eval mode, without gradients."""
+def frozen(context: Context, name: str, make: Callable[[Namespace], nn.Module]) -> nn.Module:
+    """Return the run's network `name`, which `make(args)` builds on first use: in eval mode, with frozen weights."""
     if name not in context.shared:
         context.shared[name] = make(context.args).eval().requires_grad_(False)
         context.shared[name].to(context.device, memory_format=torch.channels_last)
     return context.shared[name]
 
 
-def once(inputs: LossInputs, key: Hashable, compute: Callable) -> object:
+def compute_once(inputs: LossInputs, key: Hashable, compute: Callable) -> object:
     """Return `compute()`, which is called once for each key on these inputs and shared by all terms."""
     if key not in inputs.cache:
         inputs.cache[key] = compute()
@@ -35,19 +36,19 @@ def once(inputs: LossInputs, key: Hashable, compute: Callable) -> object:
 
 
 def require_file(path: Path | str, name: str, flag: str) -> None:
-    """Raise CheckpointError, with the ways to get it, where the released file of a network is missing."""
+    """Raise CheckpointError, with ways to get the file, where the released file of a network is missing."""
     try:
         os.stat(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; get it with bash scripts/download_teacher.sh {name}, name another "
-                              f"place with {flag}, or try things out with --feature_net random") from None
+        raise CheckpointError(f"{path}: no such file; get it with bash scripts/download_teacher.sh {name}, give another "
+                              f"file with {flag}, or an untrained network with --feature_net random") from None
     except OSError:
         pass  # read_checkpoint reports the reason
 
 
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Initialise a network with He et al.'s normal distribution, from a generator of its own, and return it."""
-    log.info("--feature_net random: the %s is untrained; use its terms for trying things out only", net.title)
+    """Initialise a network with He et al.'s normal distribution, from a generator with that seed, and return it."""
+    log.info("--feature_net random: the %s is untrained; its terms are for trying out a command, not for results", net.title)
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, parameter in net.named_parameters():
@@ -55,7 +56,7 @@ def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
             gain = 1 if name.endswith("embedding.weight") else math.sqrt(2)
             state[name] = torch.randn(parameter.shape, generator=generator) * (gain / math.sqrt(parameter[0].numel()))
         else:
-            state[name] = torch.full(parameter.shape, float(name.endswith("weight")))  # of a normalisation; else a bias
+            state[name] = torch.full(parameter.shape, float(name.endswith("weight")))  # normalisation: 1; bias: 0
     net.load_state_dict(state)
     return net
 

@@ -39,8 +39,9 @@ def info_nce(student: torch.Tensor, teacher: torch.Tensor, temperature: torch.Te
         raise ValueError("a single embedding has no negatives")
     similarities = student @ teacher.T / temperature
     positive = similarities.diagonal(first)
-    itself = torch.arange(count, device=student.device) == first + torch.arange(len(student), device=student.device)[:, None]
-    candidates = similarities.masked_fill(itself, -math.inf).topk(count // 2 if mining == "hard" else count - 1).values
+    rows, columns = (torch.arange(size, device=student.device) for size in (len(student), count))
+    is_positive = columns == first + rows[:, None]
+    candidates = similarities.masked_fill(is_positive, -math.inf).topk(count // 2 if mining == "hard" else count - 1).values
     if denominator == "standard":
         candidates = torch.cat([positive[:, None], candidates], 1)
     return (candidates.logsumexp(1) - positive).mean()
@@ -72,8 +73,8 @@ def make_embedding(widths: tuple[int, ...]) -> nn.Sequential:
 class InfoNCE(Term):
     """NCE: InfoNCE of whole images, of patches, or of both (kind image, patch, hybrid).
 
-    patches, patch_size: crops per image and their side in HR pixels. Images are in [0, rgb_range] and reach the embeddings
-    in [0, 1]. One embedding serves student and teacher and is trained on both sides, as in SimCLR (Chen et al., ICML 2020).
+    patches, patch_size: crops per image and their side in HR pixels. Images are in [0, rgb_range], and are scaled to
+    [0, 1]. Student and teacher share one embedding network, which is trained on both, as in SimCLR (Chen et al., ICML 2020).
     It does not collapse: where all embeddings are equal, the loss is the logarithm of the number of negatives.
     """
 
@@ -89,13 +90,14 @@ class InfoNCE(Term):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE)))
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute the sum of InfoNCE over images and patches, each times its share."""
         scale = 1 / self.rgb_range
         images = [x.to(self.log_temperature.dtype) * scale for x in (inputs.student.sr, inputs.teacher.sr)]
         return sum(share * self.contrast(self.embeddings[kind], *(self.patches(*images) if kind == "patch" else images))
                    for kind, share in self.shares.items())
 
     def patches(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Crop random patches of both at the same places; fewer and smaller ones where the images are smaller."""
+        """Crop random patches of both at the same positions; fewer and smaller ones where the images are small."""
         size = min(self.patch_size, *student.shape[2:])
         places = draw_places(student, size, self.n_patches)
         return crop(student, places, size), crop(teacher, places, size)
@@ -108,6 +110,7 @@ class InfoNCE(Term):
 
     @torch.no_grad()
     def update(self, inputs: LossInputs) -> None:
+        """Keep the temperature at MIN_TEMPERATURE or above."""
         self.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
 
 

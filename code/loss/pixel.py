@@ -11,6 +11,7 @@ class DataSupervision(Term):
     needs = frozenset({"hr"})
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute L1(S, HR), a scalar."""
         return F.l1_loss(inputs.student.sr, inputs.hr)
 
 
@@ -20,6 +21,7 @@ class TeacherSupervision(Term):
     needs = frozenset({"teacher"})
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
+        """Compute L1(S, T), a scalar."""
         return F.l1_loss(inputs.student.sr, inputs.teacher.sr)
 
 

@@ -1,4 +1,5 @@
-"""The interface of loss terms: what a term is given, and what it declares."""
+"""The interface of loss terms: the inputs of a term, and the base class with the properties that it declares."""
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +19,7 @@ class Output:
         return Output(self.sr.detach(), [x.detach() for x in self.features])
 
     def clone(self) -> "Output":
-        """Return copies, which autograd may save, of tensors that were made in inference mode."""
+        """Return copies; of tensors from inference mode autograd cannot save others for the backward pass."""
         return Output(self.sr.clone(), [x.clone() for x in self.features])
 
     def split(self, sizes: list[int]) -> list["Output"]:
@@ -29,11 +30,11 @@ class Output:
 
 @dataclass
 class LossInputs:
-    """What the terms of the loss are computed from: one view of a batch, and the networks' outputs on it.
+    """The inputs of the loss terms: one view of a batch, and the outputs of the networks on it.
 
     `lr` and `hr` are N x 3 x H x W and N x 3 x sH x sW in [0, rgb_range]; `hr` is None on a view without ground truth.
     `teacher` is detached, and None where no term needs it. `weight` is that of the view, which multiplies every term.
-    `forward(net, images)` -> sr runs a network in the precision of the run, for terms that pass it other inputs.
+    `forward(net, images)` -> sr runs a network in the precision of the run, for terms that need its output for other images.
     `ema_student` is the exponential moving average of the student if there is one, else the student. `cache` lives as long
     as these inputs and holds what several terms need, such as VGG features of the student's output.
     """
@@ -52,7 +53,7 @@ class LossInputs:
     cache: dict = field(default_factory=dict)
 
     def detach(self) -> "LossInputs":
-        """Return the images without graph or feature maps: what `Term.update` is given."""
+        """Return the inputs for `Term.update`: images without graph or feature maps."""
         return replace(self, student=Output(self.student.sr.detach()), teacher_sr_with_grad=None, cache={},
                        teacher=self.teacher and Output(self.teacher.sr.detach()))
 
@@ -71,13 +72,13 @@ def concatenate(parts: list[LossInputs]) -> LossInputs:
 
 
 class Term(nn.Module):
-    """A term of the loss: `forward(inputs)` returns a scalar. It is computed on each view of a batch that fits its `needs`.
+    """A term of the loss: `forward(inputs)` returns a scalar. It is computed on each view of a batch that meets its `needs`.
 
-    Its trainable parameters are trained by the student's optimiser, unless `trainable_parameters` says otherwise. What a
-    resumed run needs must be in its state_dict.
+    The student's optimiser trains the parameters that `trainable_parameters` yields, by default all trainable ones. State
+    that a resumed run needs must be in the state_dict.
     """
 
-    # What it uses beyond the student's sr: "hr", "teacher" (its output), "features" (feature maps of both networks),
+    # Inputs beyond the student's sr: "hr", "teacher" (its output), "features" (feature maps of both networks),
     # "teacher_grad" (a teacher that is trained too), "teacher_net" (the teacher itself, for other inputs).
     needs: frozenset[str] = frozenset()
     min_size = 1  # smallest side of the images, in pixels
@@ -87,14 +88,14 @@ class Term(nn.Module):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def update(self, inputs: LossInputs) -> None:
-        """Update the term's own state after each optimiser step, given the detached inputs of the original view."""
+        """Update the state of the term after each optimiser step, given the detached inputs of the original batch."""
 
 
 @dataclass
 class Context:
-    """What the terms are built from: the flags, the networks, and `shared`, the feature networks that several terms use."""
+    """The arguments of `build_term`: flags, networks, and `shared`, the feature networks that several terms use."""
 
-    args: object
+    args: Namespace
     student: nn.Module
     teachers: list[nn.Module]
     device: torch.device | str = "cpu"
@@ -102,7 +103,7 @@ class Context:
     shared: dict = field(default_factory=dict)
 
     def images_per_step(self) -> tuple[int, str]:
-        """Return how many images a term is given at once, and the flags that say so."""
+        """Return the number of images in the inputs of a term, and the flags that determine it."""
         args = self.args
         parts = f" in --split_batch {args.split_batch} parts" if args.split_batch > 1 else ""
         return args.batch_size // args.split_batch, f"--batch_size {args.batch_size}{parts}"

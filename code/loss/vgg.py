@@ -12,8 +12,8 @@ from system.errors import UserError
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 WIDTHS = 64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512, 512, 512, 512, "pool", 512
 FEATURE_LAYERS = 1, 6, 11, 20, 29  # relu1_1, relu2_1, relu3_1, relu4_1, relu5_1
-IGNORED = "features.30.", "features.32.", "features.34.", "classifier."  # what follows relu5_1
-SMALLEST = 16  # pixels of a side, of which four poolings leave one
+IGNORED = "features.30.", "features.32.", "features.34.", "classifier."  # layers after relu5_1
+MIN_SIDE = 16  # pixels; four poolings reduce them to one
 
 
 class VGG19(nn.Module):
@@ -21,6 +21,7 @@ class VGG19(nn.Module):
 
     They have 64, 128, 256, 512, 512 channels and 1, 1/2, ... 1/16 of the size.
     """
+
     title = "VGG-19"
 
     def __init__(self):
@@ -38,20 +39,21 @@ class VGG19(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Normalise images as in training and return their five feature maps."""
         x = images.float() / self.rgb_range
         x = (x - self.mean) / self.std
-        maps = []
+        feature_maps = []
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in FEATURE_LAYERS:
-                maps.append(x)
-        return maps
+                feature_maps.append(x)
+        return feature_maps
 
 
 def make_vgg(args: SimpleNamespace) -> VGG19:
     """Load the VGG-19 of --vgg_path, or build an untrained one; raises UserError."""
-    if args.patch_size < SMALLEST:
-        raise UserError(f"--patch_size {args.patch_size}: VGG-19 needs images of {SMALLEST} pixels and more")
+    if args.patch_size < MIN_SIDE:
+        raise UserError(f"--patch_size {args.patch_size}: VGG-19 needs images of {MIN_SIDE} pixels and more")
     net = new_network(VGG19)
     if args.feature_net == "random":
         randomise(net)
@@ -70,5 +72,5 @@ def shared_vgg(context: Context) -> VGG19:
 @torch.no_grad()
 def without_graph(net: nn.Module, *images: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     """Compute the feature maps of several batches as one batch, without gradients; returns those of each batch."""
-    maps = net(torch.cat([x.float() for x in images]))
-    return list(zip(*(x.split([len(batch) for batch in images]) for x in maps)))
+    feature_maps = net(torch.cat([x.float() for x in images]))
+    return list(zip(*(x.split([len(batch) for batch in images]) for x in feature_maps)))

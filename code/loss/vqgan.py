@@ -33,7 +33,7 @@ def normalisation(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """Apply group normalisation, swish and convolution twice, and add the input, N x `before` x H x W."""
+    """Residual block: group normalisation, swish and convolution, twice, plus the input."""
 
     def __init__(self, before: int, channels: int):
         super().__init__()
@@ -42,21 +42,23 @@ class ResBlock(nn.Module):
         if before != channels:
             self.nin_shortcut = nn.Conv2d(before, channels, 1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the block: N x before x H x W -> N x channels x H x W."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class Attention(nn.Module):
-    """Apply single-head self-attention over all positions, and add the input."""
+    """Single-head self-attention over all positions, plus the input."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.norm = normalisation(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the block on N x channels x H x W."""
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
@@ -64,18 +66,19 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the size by a strided convolution, padded with zeros at the bottom and right."""
+    """Convolution with stride 2, padded with zeros at the bottom and right."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Downsample N x channels x H x W to N x channels x H/2 x W/2."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention if there is any, and the downsampling."""
+    """The residual blocks of one resolution, each followed by attention if `attention` is set, and the downsampling."""
 
     def __init__(self, before: int, channels: int, blocks: int, attention: bool, last: bool):
         super().__init__()
@@ -85,7 +88,7 @@ class Level(nn.Module):
             self.downsample = Downsample(channels)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply what follows the first residual block."""
+        """Apply the layers after the first residual block to its output."""
         for index, block in enumerate(self.block):
             x = block(x) if index else x
             x = self.attn[index](x) if self.attn else x
@@ -93,14 +96,15 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention and residual block at the coarsest resolution."""
+    """Residual block, attention and residual block, at the coarsest resolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.block_1, self.block_2 = ResBlock(channels, channels), ResBlock(channels, channels)
         self.attn_1 = Attention(channels)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the blocks on N x channels x H x W."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -118,11 +122,12 @@ class Encoder(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Compute the first residual block's output of each level from images N x 3 x H x W in [0, rgb_range].
+    """Compute the output of the first residual block of each level, given images N x 3 x H x W in [0, rgb_range].
 
     The images are scaled to [-1, 1], the range of the training images (DCKD's published code uses [0, 1]), and padded by
     reflection to multiples of 16, so that the strided convolutions drop no row or column.
     """
+
     title = "VQGAN"
 
     def __init__(self, ch: int, ch_mult: list[int], num_res_blocks: int, attention: list[int], z_channels: int,
@@ -135,16 +140,17 @@ class VQGAN(nn.Module):
         self.rgb_range = 255
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Scale and pad images and return their five feature maps."""
         x = images.float() * (2 / self.rgb_range) - 1
-        return self.maps(pad_to_window(x, 2 ** (len(self.encoder.down) - 1)))
+        return self.feature_maps(pad_to_window(x, 2 ** (len(self.encoder.down) - 1)))
 
-    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Compute the five feature maps of an input in [-1, 1] whose sides are multiples of 16."""
         x, levels = self.encoder.conv_in(x), self.encoder.down
-        maps = [levels[0].block[0](x)]
+        outputs = [levels[0].block[0](x)]
         for finer, level in pairwise(levels):
-            maps.append(level.block[0](finer.finish(maps[-1])))
-        return maps
+            outputs.append(level.block[0](finer.finish(outputs[-1])))
+        return outputs
 
     def latent(self, last: torch.Tensor) -> torch.Tensor:
         """Compute z, N x embed_dim x H/16 x W/16, from the last of the five feature maps."""
@@ -161,8 +167,8 @@ class VQGAN(nn.Module):
         return 2 * z.permute(0, 2, 3, 1).flatten(0, 2) @ codes.T - codes.pow(2).sum(1)
 
 
-def recognise(state: dict[str, torch.Tensor]) -> dict:
-    """Return the constructor arguments of a VQGAN, read from names and shapes; raises KeyError for a missing name."""
+def read_config(state: dict[str, torch.Tensor]) -> dict:
+    """Read the arguments of a VQGAN from names and shapes; raises KeyError for a missing name."""
     ch = state["encoder.conv_in.weight"].shape[0]
     levels, blocks = count(state, "encoder.down.*"), count(state, "encoder.down.0.block.*")
     widths = [state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
@@ -172,25 +178,26 @@ def recognise(state: dict[str, torch.Tensor]) -> dict:
                 n_embed=state["quantize.embedding.weight"].shape[0])
 
 
-class Inert:
-    """Stand in for every class that a Lightning file names beside its weights: none is imported, no code is run."""
+class Placeholder:
+    """Replace every class that a Lightning checkpoint names beside its weights: none is imported, no code is run."""
 
-    def __new__(cls, *_):
-        return OrderedDict()  # PyTorch's restricted unpickler fills it with whatever the object held
+    def __new__(cls, *_) -> OrderedDict:
+        """Return a dict, which PyTorch's restricted unpickler fills with the attributes of the object."""
+        return OrderedDict()
 
 
 def read_lightning(path: Path | str) -> dict[str, torch.Tensor]:
-    """Read a checkpoint that also holds its training's callbacks, objects of classes that are not installed.
+    """Read a checkpoint that also holds the callbacks of its training, objects of classes that are not installed.
 
     Raises CheckpointError.
     """
     try:
         file_size(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a damaged file can make PyTorch raise anything; read_checkpoint then reports what is wrong
+    except Exception:  # a damaged file can cause any exception; read_checkpoint then reports the reason
         names = []
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in names]):
+        with torch.serialization.safe_globals([(Placeholder, name) for name in names]):
             return read_checkpoint(path)[1]
     except CheckpointError as error:
         raise CheckpointError(f"{error}; of the released folder's files, ckpts/last.ckpt is needed, not configs/model.yaml"
@@ -201,7 +208,7 @@ def load_vqgan(path: Path | str) -> VQGAN:
     """Load a VQGAN; raises CheckpointError."""
     state = read_lightning(path)
     try:
-        sizes = recognise(state)
+        sizes = read_config(state)
     except KeyError as error:
         raise CheckpointError(f"{path}: not a VQGAN: no {error.args[0]}") from None
     except (ArithmeticError, IndexError, ValueError):

@@ -1,4 +1,4 @@
-"""Networks by name, and from checkpoints of any layout they were released in."""
+"""Building networks by name, and loading them from checkpoints in every layout in which they were released."""
 import inspect
 import logging
 import math
@@ -16,12 +16,12 @@ from model.slicing import inherit, narrow_network, slim
 from system.errors import UserError
 from system.memory_budget import free_memory
 
-__all__ = ["NETWORKS", "CheckpointError", "describe", "inherit", "load_as_told", "load_model", "make_model", "require_rgb",
-           "save_header", "slim"]
+__all__ = ["NETWORKS", "CheckpointError", "describe", "inherit", "load_model", "load_with_flags", "make_model",
+           "require_rgb", "save_header", "slim"]
 
-LEFT_OPEN = "res_scale", "img_range"  # not seen in names and shapes: an explicit flag replaces the file's value
-REALS, LISTS = ("res_scale", "mlp_ratio", "img_range"), ("depths", "num_heads", "multi_scale")
-WORDS = "upsampler", "resi_connection", "RDNconfig"
+UNDETERMINED = "res_scale", "img_range"  # names and shapes do not determine them: an explicit flag replaces the value
+FLOATS, LISTS = ("res_scale", "mlp_ratio", "img_range"), ("depths", "num_heads", "multi_scale")
+STRINGS = "upsampler", "resi_connection", "RDNconfig"
 SCALES = 1, 2, 3, 4, 8
 
 log = logging.getLogger("sr")
@@ -40,12 +40,12 @@ NETWORKS = {
 
 
 def make_model(name: str, args: SimpleNamespace) -> nn.Module:
-    """Build a new network: sizes from those flags in `args` that its constructor has, its own defaults for the rest.
+    """Build a new network: sizes from `args` where it has them, else the defaults of the constructor.
 
-    Raises UserError for an unknown name, and for sizes that do not go together or need more memory than is free.
+    Raises UserError for an unknown name, and for sizes that do not fit together or need more memory than is free.
     """
     if name not in NETWORKS:
-        raise UserError(f"no network is called {name}: there are {', '.join(NETWORKS)}")
+        raise UserError(f"there is no network {name}; the networks are {', '.join(NETWORKS)}")
     network = NETWORKS[name][0]
     note_unused(name, getattr(args, "given", set()) & size_flags() - inspect.signature(network).parameters.keys())
     sizes = {key: getattr(args, key, None) for key in inspect.signature(network).parameters}
@@ -65,11 +65,11 @@ def make_model(name: str, args: SimpleNamespace) -> nn.Module:
 
 
 def load_model(path: Path | str, **override) -> nn.Module:
-    """Load the network that a checkpoint file holds: its name, sizes and scale are read from the file alone.
+    """Load the network in a checkpoint file, from which its name, sizes and scale are read.
 
-    `override` sets what a file does not determine (`res_scale=`, `img_range=`; `scale=` if it holds several); `width_mult=`
-    takes the channel slice of that width. Weights are on the CPU. Raises CheckpointError, which names the file and the first
-    keys or shapes that do not fit.
+    `override` gives sizes that a file does not determine (`res_scale=`, `img_range=`; `scale=` if it holds several), and
+    `width_mult=` the width of a channel slice to return. Weights are on the CPU. Raises CheckpointError, with the file and
+    the first keys or shapes that do not fit.
     """
     width = override.pop("width_mult", None)
     if width:
@@ -91,10 +91,10 @@ def load_model(path: Path | str, **override) -> nn.Module:
     raise CheckpointError(f"{path}: not a checkpoint of {', '.join(NETWORKS)} in a known layout; it begins with {keys}")
 
 
-def load_as_told(path: Path | str, args: SimpleNamespace, without: set | tuple = ()) -> nn.Module:
-    """Load a checkpoint and compare it with the sizes in explicit flags, but those in `without`.
+def load_with_flags(path: Path | str, args: SimpleNamespace, without: set | tuple = ()) -> nn.Module:
+    """Load a checkpoint with the sizes that are given as flags, except those in `without`.
 
-    Raises CheckpointError where a flag contradicts the file.
+    Raises CheckpointError where a flag contradicts the file, or the network takes gray images.
     """
     sizes = (args.given & (size_flags() | {"width_mult"})) - set(without)
     net = require_rgb(load_model(path, **{key: getattr(args, key) for key in sizes}), path)
@@ -112,7 +112,7 @@ def size_flags() -> set[str]:
 
 
 def note_unused(name: str, flags: set[str]) -> None:
-    """Log the explicit flags that the network has no constructor argument for."""
+    """Log the given flags that are no constructor arguments of the network."""
     for flag in sorted(flags):
         log.info("--%s has no effect: %s has no such size", flag, name)
 
@@ -137,15 +137,15 @@ def _build(path, name, network, config, state, layout, override):
     wrong = next((key for key, value in config.items() if not is_size(key, value)), None)
     if wrong is not None:
         raise CheckpointError(f"{path}: {name} cannot be built: {str(wrong)[:40]} in its header is not a valid size")
-    if config.get("multi_scale"):  # the one in use: as asked for, or that of this project's own file
+    if config.get("multi_scale"):  # the scale to use: that of `override`, or of the header of this project's files
         scale = override.pop("scale", config.get("scale"))
         if scale not in config["multi_scale"]:
-            held = ", ".join(f"x{one}" for one in config["multi_scale"])
+            held = ", ".join(f"x{number}" for number in config["multi_scale"])
             raise CheckpointError(f"{path}: holds {name} for {held}: "
                                   + (f"not for x{scale}" if scale else "choose one with --scale"))
         config = {**config, "scale": scale}
     for key, value in override.items():
-        if key not in LEFT_OPEN and as_list(config.get(key, value)) != as_list(value):
+        if key not in UNDETERMINED and as_list(config.get(key, value)) != as_list(value):
             raise CheckpointError(f"{path}: holds {name} with {key} {config[key]}, not {value}")
     config = {**config, **{key: value for key, value in override.items() if key in inspect.signature(network).parameters}}
     native = NETWORKS[name][1][0].name
@@ -157,11 +157,11 @@ def _build(path, name, network, config, state, layout, override):
 
 def is_size(key: str, value: object) -> bool:
     """Return whether a value from a file's header can be the constructor argument `key` of a network."""
-    if key in WORDS:
+    if key in STRINGS:
         return isinstance(value, str) and len(value) < 100
     if key in LISTS:
         return value is False or (isinstance(value, (list, tuple)) and all(is_size("", number) for number in value))
-    if key in REALS:
+    if key in FLOATS:
         return type(value) in (int, float) and math.isfinite(value) and (value > 0 or (value == 0 and key == "res_scale"))
     return type(value) is int and 0 < value <= 65536 and (key != "scale" or value in SCALES)
 
@@ -172,6 +172,6 @@ def as_list(value: object) -> object:
 
 
 def save_header(net: nn.Module) -> dict:
-    """Return what a checkpoint of this project holds beside the weights, from which `load_model` builds the network."""
+    """Return the header of a checkpoint, name and constructor arguments, from which `load_model` builds the network."""
     name = next(name for name, (network, _) in NETWORKS.items() if type(net) is network)
     return {"network": name, "config": dict(net.config)}

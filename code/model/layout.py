@@ -15,7 +15,7 @@ Rules = Iterable[tuple[str, str | None]]
 
 @dataclass(frozen=True)
 class Layout:
-    """The parameter names of one network in one code base.
+    """The parameter names that one code base gives to one network.
 
     name: the code base. required: parameters that every checkpoint of this layout holds and that no other layout has
     together. read_config(state) -> the arguments of the network's constructor that names and shapes determine, of a renamed
@@ -39,7 +39,7 @@ def recognise(state: State, layouts: Iterable[Layout]) -> tuple[dict, State, str
             try:
                 renamed = rename(state, layout.rules(state))
                 return layout.read_config(renamed), renamed, layout.name
-            except (ArithmeticError, LookupError, TypeError, ValueError):  # the names of this layout on other shapes
+            except (ArithmeticError, LookupError, TypeError, ValueError):  # the names of this layout, but other shapes
                 continue
     return None
 

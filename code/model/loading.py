@@ -1,4 +1,4 @@
-"""Reading checkpoint files of any layout without unpickling code, and building a network only if the file fits it."""
+"""Reading checkpoint files without unpickling code, and building a network only if names and shapes fit it."""
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os.path import isdir
@@ -12,16 +12,16 @@ from torch.overrides import TorchFunctionMode
 from system.errors import UserError
 from system.files import file_size, load_torch_file
 
-NESTED = ("params_ema", "params", "state_dict", "model_state_dict")  # the first that the file has holds the weights
-FLOATS = torch.float32, torch.float16, torch.bfloat16, torch.float64  # what is converted to float32
+NESTED = ("params_ema", "params", "state_dict", "model_state_dict")  # keys of the weights; the first that exists is used
+FLOATS = torch.float32, torch.float16, torch.bfloat16, torch.float64  # dtypes that are converted to float32
 MAX_TENSORS = 10_000  # parameters of a network; the largest published ones have 1,700
 MAX_BUFFERS = 1e9  # bytes of SwinIR's tables, which grow with the window's side^4 and are not in the file
-MISSING = 1000  # parameters that a file may lack before the network is not built to name them
-TIED = 4  # names under which a file may hold the same numbers
+MAX_MISSING = 1000  # parameters that a file may lack and still get an error message with their names
+MAX_TIED = 4  # parameters that may share the same storage
 
 
 class CheckpointError(UserError):
-    """A checkpoint file that is missing, damaged, or of another network than the one asked for."""
+    """A checkpoint file that is missing, damaged, or of another network than the expected one."""
 
 
 def read_checkpoint(path: Path | str) -> tuple[dict | None, dict[str, torch.Tensor]]:
@@ -35,12 +35,12 @@ def read_checkpoint(path: Path | str) -> tuple[dict | None, dict[str, torch.Tens
         size = file_size(path)
         content = read_safetensors(path) if path.suffix == ".safetensors" else load_torch_file(path)
     except UserError as error:
-        hint = "; name the file, model/model_best.pt of a run" if isdir(path) else ""
+        hint = "; give the file, such as model/model_best.pt of a run" if isdir(path) else ""
         raise CheckpointError(f"{error}{hint}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not the weights of a network")
     if {"student", "optimizer", "iteration"} <= content.keys():
-        raise CheckpointError(f"{path}: no checkpoint, but the state for --resume 1; take model/model_best.pt beside it")
+        raise CheckpointError(f"{path}: no checkpoint, but a training state (--resume 1); use model/model_best.pt beside it")
     header = {key: content[key] for key in ("network", "config") if key in content}
     for key in NESTED:
         if isinstance(content.get(key), dict):
@@ -59,14 +59,14 @@ def read_checkpoint(path: Path | str) -> tuple[dict | None, dict[str, torch.Tens
 def check_tensors(path: Path, state: dict[str, torch.Tensor], size: int) -> None:
     """Raise CheckpointError unless the tensors of a file of `size` bytes hold finite real numbers that are in the file."""
     if len(state) > MAX_TENSORS:
-        raise CheckpointError(f"{path}: holds {len(state):,} tensors, more than {MAX_TENSORS:,}; no network has so many")
+        raise CheckpointError(f"{path}: holds {len(state):,} tensors, more than {MAX_TENSORS:,}, the maximum")
     stored = 0
     for name, value in state.items():
         fault = fault_of(value)
         if fault:
             raise CheckpointError(f"{path}: {name} {fault}")
         stored += value.nbytes
-        if stored > TIED * size:
+        if stored > MAX_TIED * size:
             raise CheckpointError(f"{path}: its tensors are larger than the file ({size:,} bytes)")
         if value.is_floating_point() and not value.isfinite().all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinite numbers")
@@ -79,7 +79,7 @@ def fault_of(tensor: torch.Tensor) -> str | None:
     if tensor.is_quantized:
         return "is quantised; save it with .dequantize()"
     if tensor.device.type != "cpu" or type(tensor) not in (torch.Tensor, nn.Parameter):
-        return f"is a {type(tensor).__name__} on {tensor.device.type}, without numbers that can be read"
+        return f"is a {type(tensor).__name__} on {tensor.device.type}, without readable numbers"
     if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in FLOATS):
         return f"is {name_of(tensor.dtype)}; weights are {', '.join(map(name_of, FLOATS))}"
     if tensor.nbytes > tensor.untyped_storage().nbytes():
@@ -127,7 +127,7 @@ def on_meta_device(most: int = MAX_TENSORS) -> Iterator[None]:
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Skip operations in place: on the meta device they have no effect, and their first use takes a second."""
+    """Skip in-place operations: on the meta device they have no effect, and their first use takes a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = function.__name__
@@ -140,21 +140,21 @@ def build(make: Callable[[], nn.Module], state: dict[str, torch.Tensor], name: s
           ignored: tuple[str, ...] = (), optional: tuple[str, ...] = ()) -> nn.Module:
     """Build the network `make()` with the weights of `state`, after a comparison of all names and shapes.
 
-    The file may hold more, under names that begin with one of `ignored`, and lack parameters that begin with one of
-    `optional`, which keep their initial values. Raises CheckpointError that begins with `opening`.
+    The file may hold further parameters whose names begin with one of `ignored`, and lack those whose names begin with one
+    of `optional`, which keep their initial values. Raises CheckpointError that begins with `opening`.
     """
     def completed(net):
         return {**{key: value for key, value in net.state_dict().items() if key.startswith(optional)}, **state}
 
     try:
-        with on_meta_device(len(state) + MISSING):
+        with on_meta_device(len(state) + MAX_MISSING):
             outline = make()
     except Exception as error:  # sizes from a file can make a constructor raise anything
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{opening}{name} cannot be built so ({reason})") from None
+        raise CheckpointError(f"{opening}{name} cannot be built ({reason})") from None
     buffers = sum(buffer.nbytes for buffer in outline.buffers())
     if buffers > MAX_BUFFERS:
-        raise CheckpointError(f"{opening}{name} cannot be built so (its tables take {buffers / 1e9:.1f} GB)")
+        raise CheckpointError(f"{opening}{name} cannot be built (its tables take {buffers / 1e9:.1f} GB)")
     check_fit(outline, completed(outline), opening, ignored)
     net = make()
     return load_strictly(net, completed(net), opening, ignored)
@@ -162,12 +162,12 @@ def build(make: Callable[[], nn.Module], state: dict[str, torch.Tensor], name: s
 
 def check_fit(net: nn.Module, state: dict[str, torch.Tensor], opening: str, ignored: tuple[str, ...] = ()) -> None:
     """Raise CheckpointError, `opening` and the first names, shapes and dtypes that do not fit, unless the state fits."""
-    wanted = net.state_dict()
-    wrong = [f"no {key}" for key in wanted if key not in state]
-    wrong += [f"{key} too many" for key in state if key not in wanted and not key.startswith(tuple(ignored))]
-    wrong += [f"{key} is {list(state[key].shape)}, not {list(wanted[key].shape)}" for key in wanted
-              if key in state and state[key].shape != wanted[key].shape]
-    wrong += [f"{key} is {name_of(state[key].dtype)}, not one of {', '.join(map(name_of, FLOATS))}" for key in wanted
+    expected = net.state_dict()
+    wrong = [f"no {key}" for key in expected if key not in state]
+    wrong += [f"unknown {key}" for key in state if key not in expected and not key.startswith(tuple(ignored))]
+    wrong += [f"{key} is {list(state[key].shape)}, not {list(expected[key].shape)}" for key in expected
+              if key in state and state[key].shape != expected[key].shape]
+    wrong += [f"{key} is {name_of(state[key].dtype)}, not one of {', '.join(map(name_of, FLOATS))}" for key in expected
               if key in state and state[key].dtype not in FLOATS]
     if wrong:
         raise CheckpointError(opening + "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""))

@@ -3,7 +3,7 @@ from argparse import Namespace
 from collections.abc import Set
 from os import PathLike
 
-from model import inherit, load_as_told, load_model, make_model, require_rgb, slim
+from model import inherit, load_model, load_with_flags, make_model, require_rgb, slim
 from model.common import Network
 from model.slicing import Slice
 from model.teachers import teacher_path
@@ -11,7 +11,7 @@ from system.errors import UserError
 
 
 def make_networks(args: Namespace, needs: Set[str]) -> tuple[Network | Slice, list[Network]]:
-    """Build the student and the teachers; no teachers where no term of the loss needs one.
+    """Build the student and the teachers, an empty list where no term of the loss needs one.
 
     needs: the needs of the loss terms. The student is a new network, --pre_train, initialised from the teacher
     (--init_from_teacher), or a channel slice that shares the weights of the teacher (--width_mult). Raises UserError for
@@ -41,17 +41,17 @@ def make_full_network(args: Namespace) -> Network:
         return make_student(args)
     if args.pre_train or len(args.teacher) > 1:
         raise UserError("--width_mult slices one network: give one --teacher, or --pre_train")
-    return load_as_told(teacher_path(args.teacher[0], args.scale), args, without={"width_mult"})
+    return load_with_flags(teacher_path(args.teacher[0], args.scale), args, without={"width_mult"})
 
 
 def make_student(args: Namespace) -> Network:
     """Build a network of the kind and sizes of the flags, with new weights or those of --pre_train.
 
-    From a checkpoint of another scale all weights but those of the upsampler are taken: EDSR's authors trained x4 from x2.
+    From a checkpoint of another scale all weights but those of the upsampler are used, as EDSR's authors trained x4 from x2.
     """
     if not args.pre_train:
         return make_model(args.model, args)
-    pretrained = load_as_told(args.pre_train, args, without={"scale", "width_mult"})
+    pretrained = load_with_flags(args.pre_train, args, without={"scale", "width_mult"})
     if pretrained.scale == args.scale:
         return pretrained
     student = type(pretrained)(**{**pretrained.config, "scale": args.scale})

@@ -1,9 +1,8 @@
 """Channel slices of a network, as in CSD (Wang et al., IJCAI 2021), and students that inherit a teacher's weights.
 
-The slice of a network has the first rows and columns of every parameter. How many follows from the same network built with
-fewer channels: along each axis the slice has as many entries as that narrow network. Networks need no code for it. Of an
-upsampling convolution the slice has the first r x n_feats x s^2 rows, where r is the width; of a convolution over
-concatenated feature maps the first columns; image channels remain.
+The slice of a network has the first rows and columns of every parameter. Their number is that of the same network built with
+fewer channels, so that networks need no code for slicing. With the width r, an upsampling convolution keeps its first
+r x n_feats x s^2 rows, a convolution over concatenated feature maps its first columns, and image channels remain.
 """
 import re
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ Tree = dict  # component of parameter names -> Tree or the name of a parameter
 
 
 class Slice(nn.Module):
-    """A channel slice of `full_network` as a network that shares its storage: training the slice trains these channels.
+    """A channel slice of `full_network` that shares its storage: training the slice trains these channels.
 
     Its parameters and its state_dict are those of the full network. narrow: a network of the slice's size, which determines
     its shapes and its computation; its own parameters are not used.
@@ -110,7 +109,7 @@ def split_number(component: str) -> list[str | int]:
 
 
 def match_parameters(student: Tree | str, teacher: Tree | str, reduced: list, path: str = "") -> dict[str, str]:
-    """Match parameters: {name of a student's parameter: name of the teacher's from which it is copied}.
+    """Match parameters: {name of a parameter of the student: name of the teacher's that is copied into it}.
 
     Appends (student's number of blocks, teacher's number, indices taken) to `reduced` for each shortened sequence of blocks.
     path: the components that lead to the two trees, for error messages.
@@ -203,7 +202,7 @@ def narrow_network(net: Network, width: float) -> Network:
 def scale_argument(name: str, value: int | str, width: float) -> int | str:
     """Multiply a number of channels by the width; of an RDNconfig its growth rate.
 
-    Raises UserError where the product is no whole number.
+    Raises UserError where the product is no integer.
     """
     if name == "RDNconfig":
         blocks, convs, growth = rdn.parse_config(value)

@@ -12,7 +12,7 @@ FOLDER = ROOT / "teacher_checkpoint"
 def teacher_path(name: str, scale: int, flag: str = "--teacher") -> str | Path:
     """Return the checkpoint file of a teacher, given the file itself or the name of a released network.
 
-    Raises CheckpointError, which mentions the flag, where the name is unknown or its checkpoint is not there.
+    Raises CheckpointError, which mentions the flag, where the name is unknown or its checkpoint is missing.
     """
     is_file = os.path.exists(name) or os.sep in name or "." in name
     return name if is_file else find_teacher(name, scale, flag)
@@ -37,7 +37,7 @@ def find_teacher(name: str, scale: int, flag: str = "--teacher") -> Path:
         scales = ", ".join(f"x{scale}" for release in releases for scale in release.scales)
         raise CheckpointError(f"no {name} teacher for scale {scale}: it was released for {scales}"
                               + (f", and {FOLDER} holds no {' or '.join(patterns)}" if patterns else "")
-                              + f"; name a checkpoint file with {flag} FILE")
+                              + f"; give a checkpoint file with {flag} FILE")
     raise CheckpointError(f"no {name} teacher for scale {scale}: looked in {FOLDER} for {', '.join(patterns)}; bash "
-                          f"scripts/download_teacher.sh {released.title} downloads it or prints where to find it, or name a "
+                          f"scripts/download_teacher.sh {released.title} downloads it or prints where to find it, or give a "
                           f"checkpoint file with {flag} FILE")

@@ -1,4 +1,4 @@
-"""Straightforward implementations as in papers and released code, with which benchmark.py compares this implementation.
+"""Reference implementations, as in papers and released code, with which benchmark.py compares this project's.
 
 To add a comparison, write a function of a size (pixels per side) and a device that returns a `Comparison`, and list it in
 COMPARISONS.

@@ -1,4 +1,4 @@
-"""A pair of implementations, and how they are compared."""
+"""A pair of implementations to compare, and the settings of the comparison."""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Comparison(NamedTuple):
     tolerance: largest difference of the results, relative to the largest value of each tensor; None where they are random.
     exact: computes the result that is compared with `ours` where the reference is an approximation.
     remark: given (result, bytes) of the reference and of `exact`, returns a note on them.
-    arithmetic: "float32", "TF32" or "bf16", whose peak FLOP/s are those to compare with.
+    arithmetic: "float32", "TF32" or "bf16", for the peak FLOP/s of the device.
     from_shapes: whether the memory may be computed on fake tensors; False for functions with side effects.
     measure_memory: function(implementation, device) that returns the result and the peak bytes.
     close: removes temporary files.

@@ -1,4 +1,4 @@
-"""A training step of DUKD (Zhang et al., 2023) as in its published code, compared with this project's in values and cost.
+"""A training step of DUKD (Zhang et al., 2023) as in its published code, to compare results, time and memory with.
 
 There the teacher runs with a graph, and the backward pass computes gradients of its weights; each view has forward passes of
 its own; LR is downscaled on the CPU, image by image; the student is updated twice, and the gradients of the first update are
@@ -37,11 +37,11 @@ def make_views(lr: torch.Tensor, hr: torch.Tensor, scale: int, tiles: torch.Tens
                ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Make the original batch, zoom-in and zoom-out of a uint8 batch, as float32 pairs of LR and HR (None for zoom-in).
 
-    tiles: N x k, the tiles of HR's s x s grid that zoom-in takes from each image.
+    tiles: N x k, the indices of the tiles of HR's s x s grid that zoom-in takes from each image.
     """
     device, (height, width) = lr.device, lr.shape[2:]
     crops = [hr[image, :, row * height:(row + 1) * height, column * width:(column + 1) * width]
-             for image, of_image in enumerate(tiles.tolist()) for row, column in (divmod(tile, scale) for tile in of_image)]
+             for image, chosen in enumerate(tiles.tolist()) for row, column in (divmod(tile, scale) for tile in chosen)]
     small = [torch.from_numpy(degrade.downscale(image.cpu().permute(1, 2, 0).numpy(), scale).transpose(2, 0, 1))
              for image in lr]
     cropped = lr[..., :height // scale * scale, :width // scale * scale]

@@ -91,10 +91,10 @@ affinity_batch = partial(affinity, batch_size=BATCH_SIZE)  # as in training; a s
 
 
 def chop_edsr(side: int, device: torch.device) -> Comparison:
-    """Compare EDSR x2 in overlapping tiles with the four-way split of EDSR-PyTorch, which is inexact at the seams."""
+    """Compare EDSR x2 in overlapping tiles with the four-way split of EDSR-PyTorch, whose result has errors at the seams."""
     net = EDSR(2, **EDSR_SIZES).eval().to(device)
     lr = 255 * torch.rand(1, 3, side, side, device=device)
-    chop(net, lr[..., :8, :8], memory=MEMORY)  # measures the memory per pixel, which is done once per network
+    chop(net, lr[..., :8, :8], memory=MEMORY)  # a warm-up, which measures the memory per pixel of the network
 
     def seams(reference, exact):
         (split, _), (sr, memory) = reference, exact

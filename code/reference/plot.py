@@ -41,9 +41,9 @@ def draw_curves(axes: Sequence[Axes], rows: list[dict[str, str]]) -> None:
     """Draw time and memory of one comparison against N = side x side; hollow markers where the reference was not run."""
     for axis, unit in zip(axes, ("s", "MB")):
         for name, colour in (("reference", "C0"), ("ours", "C1")):
-            known = [row for row in rows if row[f"{name}_{unit}"] != "-"]
-            not_run = [row for row in known if row[f"{name}_s"] == "-"]
-            for part, style in ((known, dict(label=LABELS[name])),
+            measured = [row for row in rows if row[f"{name}_{unit}"] != "-"]
+            not_run = [row for row in measured if row[f"{name}_s"] == "-"]
+            for part, style in ((measured, dict(label=LABELS[name])),
                                 (not_run, dict(label="from shapes" if not_run else None, linestyle="",
                                                markerfacecolor="white"))):
                 axis.plot([int(row["size"]) ** 2 for row in part], [float(row[f"{name}_{unit}"]) for row in part],
@@ -63,10 +63,10 @@ def draw_curves(axes: Sequence[Axes], rows: list[dict[str, str]]) -> None:
 def draw_ratios(axes: Sequence[Axes], rows: list[dict[str, str]]) -> None:
     """Draw speedup and memory ratio of comparisons at a single size as bars."""
     for axis, ratio in zip(axes, ("speedup", "memory_ratio")):
-        known = [row for row in reversed(rows) if row[ratio] != "-"]
-        names = [f"{row['comparison']} {row['size']}" for row in known]
-        bars = axis.barh(names, [float(row[ratio]) - 1 for row in known], left=1)
-        axis.bar_label(bars, [row[ratio] for row in known], padding=2)
+        measured = [row for row in reversed(rows) if row[ratio] != "-"]
+        names = [f"{row['comparison']} {row['size']}" for row in measured]
+        bars = axis.barh(names, [float(row[ratio]) - 1 for row in measured], left=1)
+        axis.bar_label(bars, [row[ratio] for row in measured], padding=2)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
         axis.margins(x=0.3)

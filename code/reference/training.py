@@ -30,7 +30,7 @@ BF16_TOLERANCE = 3e-2  # each of about fifty layers, forward and backward, round
 
 
 def dukd_step(side: int, device: torch.device) -> Comparison:
-    """Compare a training step of the preset DUKD with that of its published code, which updates the student twice."""
+    """Compare a training step of the preset DUKD with one of its published code, which updates the student twice."""
     count = BATCH_SIZE[device.type]
     lr, hr = (torch.randint(256, (count, 3, size, size), dtype=torch.uint8) for size in (side // SCALE, side))
     ours, reference = make_steps(EDSR(SCALE, **STUDENT), EDSR(SCALE, **TEACHER), lr, hr, device)
@@ -39,7 +39,7 @@ def dukd_step(side: int, device: torch.device) -> Comparison:
 
 
 def teacher_cache(side: int, device: torch.device) -> Comparison:
-    """Compare training steps with DS and TS, reading of crops included: cached teacher outputs, or the teacher's forward."""
+    """Compare training steps with DS and TS, with cached teacher outputs and with the teacher, reading of crops included."""
     folder, count = TemporaryDirectory(), BATCH_SIZE[device.type]
     args = write_dataset(folder.name, (2 * side, 2 * side), side)
     student, teacher = EDSR(SCALE, **STUDENT), EDSR(SCALE, **TEACHER)
@@ -71,7 +71,7 @@ def first_batch(crops: Crops, count: int) -> list[torch.Tensor]:
 
 
 def write_dataset(folder: str, hr_size: tuple[int, int], side: int, ext: str = "sep", count: int = 4) -> Namespace:
-    """Write a dataset of `count` noisy images, unless it is there, and return the flags for training on it.
+    """Write a dataset of `count` noisy images, unless it exists, and return the flags for training on it.
 
     hr_size: height and width in pixels. side: --patch_size, in HR pixels. ext: --ext.
     """

@@ -12,7 +12,7 @@ DTYPES = {"half": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device(args: SimpleNamespace) -> torch.device:
-    """Return the GPU of this process, or the CPU with --cpu or, with a line in the log, where there is no GPU.
+    """Return the GPU of this process, or the CPU with --cpu and, which is logged, where there is no GPU.
 
     Raises UserError where the machine has fewer GPUs than processes, or torchrun's variables do not fit together.
     """
@@ -24,7 +24,7 @@ def pick_device(args: SimpleNamespace) -> torch.device:
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}: start "
                             "fewer, or give --cpu")
-        torch.cuda.set_device(local)  # where the collective operations take place
+        torch.cuda.set_device(local)  # the device of the collective operations
         return torch.device("cuda", local)
     if torch.cuda.is_available():
         if args.gpu_id < torch.cuda.device_count():

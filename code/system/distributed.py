@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -48,7 +49,7 @@ def world_size() -> int:
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Run the body on rank 0 before the other ranks, so that they find its caches and do not repeat its errors."""
+    """Run the body on rank 0 before the other ranks, so that they use its caches and do not repeat its errors."""
     if world_size() == 1:
         yield
         return
@@ -60,7 +61,7 @@ def rank_zero_first() -> Iterator[None]:
         dist.barrier(group)
 
 
-def launch(args) -> int:
+def launch(args: Namespace) -> int:
     """Run the current command again in --n_GPUs processes on this machine and return their exit status.
 
     Raises UserError if there are fewer GPUs, or if a process is killed.
@@ -74,7 +75,7 @@ def launch(args) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // number)
                                                  if hasattr(os, "sched_getaffinity") else 1))
-    logging.disable()  # the failed process reports its own error; torchrun's banner adds nothing
+    logging.disable()  # of torchrun's messages: the failed process reports its own error
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=number, run_id="train", max_restarts=0,
                           rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1)
     try:
@@ -95,7 +96,7 @@ def launcher_died() -> bool:
     return is_distributed() and os.getppid() != PARENT
 
 
-def check_batch_divisible(args) -> None:
+def check_batch_divisible(args: Namespace) -> None:
     """Raise UserError if the batch cannot be divided evenly among the processes and by --split_batch."""
     if args.batch_size % (world_size() * args.split_batch):
         raise UserError(f"--batch_size {args.batch_size} images cannot be divided evenly among {world_size()} processes x "
@@ -181,7 +182,7 @@ def all_reduce_max(number: int) -> int:
 def wrap(module: nn.Module) -> nn.Module:
     """Wrap a module with `trainable_parameters()` in DistributedDataParallel, in several processes.
 
-    Buffers and other parameters (frozen networks, a discriminator with an optimiser of its own) are left to themselves.
+    Buffers and other parameters (frozen networks, a discriminator with an optimiser of its own) are not synchronised.
     """
     if world_size() == 1:
         return module

@@ -1,4 +1,4 @@
-"""Errors for users: one line on stderr that says what is wrong, where, and what to do, and exit status 2; no traceback."""
+"""Errors for users: one line on stderr with what is wrong, where, and what to do, and exit status 2; no traceback."""
 import multiprocessing
 import os
 import pickle
@@ -14,16 +14,16 @@ from pathlib import Path
 LOST_CONNECTION_WAIT = 10  # seconds
 LOST_CONNECTION = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL"
 OUT_OF_MEMORY = "out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory", "ALLOC_FAILED"
-# what PyTorch raises, or Python in PyTorch's queues, where a process that loads training data was killed
+# exceptions of PyTorch and of its queues where a process that loads training data was killed
 LOST_WORKER = RuntimeError, OSError, EOFError, pickle.UnpicklingError, multiprocessing.ProcessError
 
 
 class UserError(Exception):
-    """A mistake of the user's, or a limit of his machine: what is wrong, where, and what to do about it, in one line."""
+    """A mistake of the user or a limit of the machine; the message is one line: what is wrong, where, and what to do."""
 
     def __init__(self, message: str):
         text = str(message)
-        if text.startswith("Caught "):  # from a DataLoader's worker, which sends its traceback
+        if text.startswith("Caught "):  # raised in a DataLoader worker, whose traceback PyTorch adds
             text = text.rpartition(f"{type(self).__name__}: ")[2]
         super().__init__(" ".join(text.splitlines()))
 
@@ -75,7 +75,7 @@ def run(main: Callable[[], int]) -> None:
         sys.exit(main())
     except UserError as error:
         sys.exit(fail(error))
-    except KeyboardInterrupt:  # before training has its own handler, or a second Ctrl-C
+    except KeyboardInterrupt:  # before the signal handler of training is installed, or a second Ctrl-C
         sys.exit(130)
     except (MemoryError, *LOST_WORKER) as error:
         if hasattr(signal, "SIGCHLD"):
@@ -94,17 +94,17 @@ def run(main: Callable[[], int]) -> None:
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Return whether an error comes from the sudden end of a DataLoader's worker, and not from an error in one."""
+    """Return whether an error comes from the sudden end of a DataLoader worker, and not from an exception in one."""
     if str(error).startswith("DataLoader worker"):  # raised anywhere, by PyTorch's handler of SIGCHLD
         return True
     frames = [frame.filename.replace(os.sep, "/") for frame in traceback.extract_tb(error.__traceback__)]
-    through = {file.rpartition("torch/utils/data/")[2] for file in frames if "torch/utils/data/" in file}
-    return ("dataloader.py" in through and "_utils/fetch.py" not in through  # without workers, fetch.py reads the data
+    modules = {file.rpartition("torch/utils/data/")[2] for file in frames if "torch/utils/data/" in file}
+    return ("dataloader.py" in modules and "_utils/fetch.py" not in modules  # without workers, fetch.py reads the data
             and "in DataLoader worker process" not in str(error))
 
 
 def kill_workers() -> None:
-    """End the other workers of the DataLoader, which may wait for a lock that the dead one held."""
+    """Kill the other workers of the DataLoader, which may wait for a lock that the killed one held."""
     for process in multiprocessing.active_children():
         process.kill()
         process.join()
@@ -116,15 +116,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_advice() -> str:
-    """Return the line for a lack of memory, with the flags of the script that runs."""
-    while_testing = "--chop, or a smaller --chop_mem"
+    """Return the message for a lack of memory, with the flags of the script that runs."""
+    for_testing = "--chop, or a smaller --chop_mem"
     if Path(sys.argv[0]).stem == "train":
         return ("out of memory: give a larger --split_batch, or a smaller --batch_size or --patch_size; if it was while "
-                f"testing, {while_testing}")
-    return f"out of memory: give {while_testing}"
+                f"testing, {for_testing}")
+    return f"out of memory: give {for_testing}"
 
 
 def fail(error: Exception | str) -> int:
-    """Print an error's line to stderr and return the exit status, 2."""
+    """Print an error to stderr and return the exit status, 2."""
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that one process at a time writes to."""
+"""Atomic writing of files, safe reading of PyTorch files, and locks of folders that one process at a time writes to."""
 import io
 import os
 import pickle
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from system.errors import UserError, is_out_of_memory, reason_of
+from system.errors import UserError, is_out_of_memory, reason_of, writing
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]  # a folder may be shared between machines
 PART = re.compile(rf"\..*\.{re.escape(HOST)}\.([0-9]+)\.part")
@@ -39,13 +39,12 @@ def atomic_path(path: Path | str, sync: bool = True) -> Iterator[Path]:
     path = Path(path)
     part = part_of(path)
     try:
-        yield part
-        if sync:
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({reason_of(error)}); make space there, or give another folder") from None
+        with writing(path):
+            yield part
+            if sync:
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(part, path)
     finally:
         with suppress(OSError):
             part.unlink()
@@ -65,10 +64,10 @@ def atomic_save(content: object, path: Path | str) -> None:
 
 
 def file_size(path: Path | str) -> int:
-    """Return the bytes of a regular file; raises UserError if it is none, or may not be read."""
+    """Return the size of a regular file in bytes; raises UserError if it is no regular file or cannot be opened."""
     try:
         about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode):  # to open a named pipe would wait for ever
+        if not stat.S_ISREG(about.st_mode):  # opening a named pipe would wait forever
             raise UserError(f"{path}: it is {'a folder' if stat.S_ISDIR(about.st_mode) else 'a device or pipe'}, not a file")
         with open(path, "rb"):
             return about.st_size
@@ -81,7 +80,7 @@ def file_size(path: Path | str) -> int:
 def load_torch_file(path: Path | str) -> object:
     """Return what torch.save wrote to `path`, with its tensors on the CPU, without ever unpickling code.
 
-    Raises UserError where the file is missing, may not be read, is damaged, or holds anything but tensors, numbers, strings
+    Raises UserError where the file is missing, cannot be read, is damaged, or holds anything but tensors, numbers, strings
     and containers of those. PyTorch does not compare the checksums of its zip archives, which is done here; files from
     before PyTorch 1.6 have none.
     """
@@ -97,7 +96,7 @@ def load_torch_file(path: Path | str) -> object:
             if damaged:
                 raise UserError(f"{path}: damaged ({damaged} does not match its checksum); fetch or copy it again")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error that follows says it
+            warnings.simplefilter("ignore")  # the error that follows is reported
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -105,14 +104,14 @@ def load_torch_file(path: Path | str) -> object:
         raise UserError(f"{path}: cannot read ({reason_of(error)})") from None
     except pickle.UnpicklingError:  # its text advises weights_only=False, which would run the file's code
         raise UserError(f"{path}: no PyTorch file, or one that holds code beside weights") from None
-    except Exception as error:  # a damaged file can make the reader raise anything, and its texts say little
+    except Exception as error:  # a damaged file can cause any exception, few with a useful message
         if is_out_of_memory(error):
             raise UserError(f"{path}: there is not enough memory to read its {size:,} bytes, or it is damaged") from None
         raise UserError(f"{path}: damaged, or no PyTorch file ({size:,} bytes); fetch or copy it again") from None
 
 
 def remove_stale_parts(folder: Path) -> None:
-    """Remove temporary files of `atomic_path` in the folder whose process, of this machine, has ended (SIGKILL)."""
+    """Remove the temporary files that processes of this machine left in the folder when they were killed (SIGKILL)."""
     with suppress(OSError):
         for file in os.scandir(folder):
             match = PART.fullmatch(file.name)
@@ -126,16 +125,16 @@ def _is_running(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # of another user, or no number of a process
+    except (OSError, OverflowError):  # a process of another user, or a number too large for a process
         return True
     return True
 
 
 def lock(path: Path, message: str, wait: bool = False) -> io.IOBase:
-    """Return an open file whose exclusive lock ends when it is closed, at the latest with the process.
+    """Open a file with an exclusive lock, which ends when the file is closed, at the latest with the process.
 
-    Raises UserError with `message` if another process holds the lock, unless `wait` is set. File systems that know no locks
-    are not locked.
+    Raises UserError with `message` if another process holds the lock, unless `wait` is set. On a file system without locks
+    the file is not locked.
     """
     file = path.open("w")
     try:
@@ -151,7 +150,7 @@ def lock(path: Path, message: str, wait: bool = False) -> io.IOBase:
 
 
 def _close_locks():
-    """Close the locks that a DataLoader worker inherits, or they would outlive a main process that is killed."""
+    """Close the locks that a DataLoader worker inherits, which would otherwise outlive a main process that is killed."""
     for file in _locks:
         file.close()
 

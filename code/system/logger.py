@@ -1,9 +1,10 @@
-"""The log: one logger, whose lines go to the terminal past any progress bar, and to the log file of a run."""
+"""Logging: one logger, which writes to the terminal, above any progress bar, and to the log file of a run."""
 import logging
 import os
 import sys
 from contextlib import suppress
 from logging.handlers import MemoryHandler
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -12,12 +13,12 @@ from system.errors import is_rank_zero, reason_of
 log = logging.getLogger("sr")
 
 
-def start_logging():
-    """Sends the log to the terminal, past any progress bar, and keeps it for the file of `log_to`."""
+def start_logging() -> None:
+    """Write the log to the terminal, above any progress bar, and buffer it for the file of `log_to`."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed; the next file to be opened would get its number, and what libraries print
+        except OSError:  # closed; the next opened file would get its number, and the output of libraries
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), _Stream):
@@ -26,14 +27,14 @@ def start_logging():
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
-        with suppress(OSError):  # what a full disk has kept out of the file
+        with suppress(OSError):  # closing writes what is buffered, for which a full disk has no room
             handler.close()
     log.addHandler(_Terminal())
     log.addHandler(MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
 
 
-def log_to(path):
-    """Appends the log to a file as well, from what was said before the file was there."""
+def log_to(path: Path) -> None:
+    """Append the log to a file as well, including the lines that `start_logging` has buffered."""
     file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for handler in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
@@ -44,16 +45,16 @@ def log_to(path):
 
 
 class _Stream:
-    """stdout or stderr, of which a failed write is no error: a closed pipe or a lost terminal does not end a run.
+    """stdout or stderr without errors of writing: a closed pipe or a lost terminal does not end a run.
 
-    After a failed write the stream goes to os.devnull. So it does if the process was started without it (`>&-`).
+    After a failed write, and if the process was started with the stream closed (`>&-`), output goes to os.devnull.
     """
 
     def __init__(self, stream):
         self.stream = stream
         if stream is None:
             self._discard()
-        elif hasattr(stream, "reconfigure"):  # an ASCII terminal shows the names of files as it can
+        elif hasattr(stream, "reconfigure"):  # an ASCII terminal cannot display every file name
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text):
@@ -72,14 +73,15 @@ class _Stream:
     def _discard(self):
         failed, self.stream = self.stream, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         with suppress(AttributeError, OSError, ValueError):
-            os.dup2(self.stream.fileno(), failed.fileno())  # for what it still holds, and for libraries
+            os.dup2(self.stream.fileno(), failed.fileno())  # for what is still buffered, and for libraries
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
 
 class _LogFile(logging.FileHandler):
-    """log.txt; what cannot be written to it, on a full disk, is said once and ends nothing."""
+    """log.txt; a failure to write to it, on a full disk, is reported once and does not end the run."""
+
     failed = False
 
     def handleError(self, record):
@@ -95,8 +97,8 @@ class _Terminal(logging.Handler):
         sys.stdout.flush()
 
 
-def log_failure(error):
-    """Writes the error that ends a run to its log file; the terminal gets it from `errors.run`."""
+def log_failure(error: Exception) -> None:
+    """Write the error that ends a run to its log file; `errors.run` prints it to the terminal."""
     record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "error: %s", (error,), None)
     for handler in log.handlers:
         if isinstance(handler, logging.FileHandler):

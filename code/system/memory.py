@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Sum the bytes of all living tensors that were allocated within the context, in forward and backward passes.
+    """Sum the bytes of all tensors that were allocated within the context and are in use, in forward and backward passes.
 
     `peak` is the largest sum so far. Tensors from before (inputs, weights), views of them, and the workspaces inside kernels
     are not counted.

@@ -48,7 +48,7 @@ def bytes_per_pixel(net: nn.Module, device: torch.device) -> float:
     measured = _bytes_per_pixel.setdefault(net, {})
     if (device, precision) not in measured:
         lr = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device).contiguous(memory_format=torch.channels_last)
-        net(lr[..., :8, :8])  # autocast keeps its copies of the weights from here on; they are not to be counted below
+        net(lr[..., :8, :8])  # autocast caches its copies of the weights, which are not to be counted below
         with LiveMemory() as memory:
             net(lr.clone())
         measured[device, precision] = memory.peak / PROBE_SIZE**2
@@ -56,7 +56,7 @@ def bytes_per_pixel(net: nn.Module, device: torch.device) -> float:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes available on the device; where only the installed memory is known, half of that."""
+    """Return the bytes available on the device; where only the installed memory can be read, half of that."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved

@@ -1,13 +1,14 @@
-"""Signals that end a run in order."""
+"""Signal handlers with which a run ends in order: it saves its state first."""
 import signal
 import time
+from types import FrameType
 
 
 class Interruption:
-    """Within it SIGINT, SIGTERM and SIGHUP only set `status` (130, 143, 129), for the loop to save and end.
+    """A context in which SIGINT, SIGTERM and SIGHUP set `status` to 130, 143 or 129, after which the loop saves and ends.
 
-    A second signal ends the process at once, unless it arrives within PAUSE seconds: torchrun passes on to its processes
-    what the terminal sent them already. A SIGHUP that is ignored (nohup) stays ignored.
+    A second signal ends the process at once, unless it arrives within PAUSE seconds: torchrun forwards to its processes
+    the signals that the terminal has already sent them. A SIGHUP that is ignored (nohup) stays ignored.
     """
 
     PAUSE = 1  # second
@@ -19,8 +20,8 @@ class Interruption:
                        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN}
         return self
 
-    def handle(self, number, frame):
-        """Note the first signal and pass on a later one to the handler that was there before."""
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Set `status` at the first signal, and forward a later one to the handler from before the context."""
         now = time.monotonic()
         if not self.status:
             self.status, self.received = 128 + number, now

@@ -1,4 +1,4 @@
-"""Checks of a state to resume from, whose file may be incomplete or odd: whatever does not fit raises ValueError."""
+"""Checks of a training state from a file; ValueError where something is missing, unknown or of another shape."""
 import torch
 
 REQUIRED = {"Adam": {"step", "exp_avg", "exp_avg_sq"}, "SGD": set(), "RMSprop": {"step", "square_avg"}}
@@ -8,7 +8,7 @@ OPTIONAL = {"Adam": set(), "SGD": {"momentum_buffer"}, "RMSprop": {"momentum_buf
 def check_like(value: object, like: object, name: str) -> None:
     """Raise ValueError unless `value` has the type of `like`, and its keys, or its shape, dtype and finite numbers.
 
-    The extra states of modules are left to the modules.
+    The extra states of modules are not checked here, but by the modules when they load them.
     """
     if isinstance(like, dict) and isinstance(value, dict):
         odd = value.keys() ^ like.keys()
@@ -50,7 +50,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         like = {key: torch.zeros(()) if key == "step" else parameters[index].detach()
                 for key in REQUIRED[kind] | (OPTIONAL[kind] & values.keys())}
         check_like(values, like, name)
-        if kind == "RMSprop":  # reads it as soon as there is a momentum, which a resumed run may have set
+        if kind == "RMSprop":  # it needs the buffer if the resumed run has a momentum for the first time
             values.setdefault("momentum_buffer", torch.zeros_like(parameters[index]))
         entries[index] = values
     optimizer.load_state_dict({"state": entries, "param_groups": own})
