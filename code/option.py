@@ -55,6 +55,7 @@ class Parser(argparse.ArgumentParser):
     """Parser that reports a mistake in one line on stderr, suggests the nearest flag, and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the message, with the nearest flag for an unknown one, and exit."""
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7)
         if near:
