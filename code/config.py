@@ -1,4 +1,4 @@
-"""Flags in a file, `train.py @FILE`: `--flag value` on a line of its own, and comments after #; config.txt of a run."""
+"""Read and write files of flags (`train.py @FILE`), such as the config.txt of runs: `--flag value` lines and # comments."""
 import argparse
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def expand(argv: list[str]) -> list[str]:
 
 
 def read_flags(path: Path) -> list[str]:
-    """Return the flags of a file, each as `--flag` or `--flag=value`; raises ValueError."""
+    """Return the flags of a file, each as `--flag` or `--flag=value`; raises ValueError with the file and the line."""
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except (OSError, ValueError) as error:
@@ -28,7 +28,7 @@ def read_flags(path: Path) -> list[str]:
             continue
         match = FLAG.fullmatch(line)
         if not match or " --" in line or "\0" in line:
-            raise ValueError(f"@{path}, line {number}: {line[:80]!r} is not one --flag and its value")
+            raise ValueError(f"@{path}, line {number}: {line[:80]!r} is not of the form --flag value")
         flags.append(match[1] if match[2] is None else f"{match[1]}={match[2]}")
     return flags
 
@@ -36,8 +36,8 @@ def read_flags(path: Path) -> list[str]:
 def to_text(args: argparse.Namespace, actions: list[argparse.Action]) -> str:
     """Return the flags as the text of a file that repeats the run.
 
-    Flags that were given on the command line are lines of the file. The others, from presets and defaults, are comments:
-    some flags have an effect only by being given, such as the sizes of a network that is read from a file.
+    Flags that were on the command line are lines of the file. The others, from presets and defaults, are comments, because
+    some flags have an effect only if they are given, such as the sizes of a network that is loaded from a checkpoint.
     """
     lines = {True: [], False: []}
     for action in actions:
@@ -46,7 +46,7 @@ def to_text(args: argparse.Namespace, actions: list[argparse.Action]) -> str:
             continue
         text = format_value(action.dest, value)
         if text != text.strip() or re.search(r"[\r\n]| --", text):
-            lines[False].append(f"# {flag} {text!a}: cannot be written to such a file\n")
+            lines[False].append(f"# {flag} {text!a}: this value cannot be written in a file of flags\n")
             continue
         line = flag if value is True else f"{flag} {text}" if text else f"{flag}="
         given = action.dest in args.given
@@ -64,7 +64,7 @@ def format_value(name: str, value: object) -> str:
 
 
 def differences(before: str, after: str) -> list[tuple[str, str, str]]:
-    """Return (flag, value, value before) of the flags on which the texts of two such files differ."""
+    """Return (flag, new value, old value) of the flags in which the texts of two files of flags differ."""
     old, new = ({match[1]: match[2] or "given" for match in map(FLAG.fullmatch, re.split(r"\n(?:# )?", text)) if match}
                 for text in (before, after))
     return [(flag, new.get(flag, "not given"), old.get(flag, "not given"))

@@ -372,7 +372,7 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"--data_test {name}: give the name of a folder in --dir_data or --dir_data/benchmark, such as "
                          f"{PurePath(os.path.normpath(name)).name.strip('.') or 'Set5'}")
     if args.batch_size % (args.n_GPUs * args.split_batch):
-        parser.error(f"--batch_size {args.batch_size} is not a multiple of --n_GPUs {args.n_GPUs} x --split_batch "
+        parser.error(f"--batch_size {args.batch_size} cannot be divided evenly by --n_GPUs {args.n_GPUs} x --split_batch "
                      f"{args.split_batch}")
     if args.chop_mem and not args.chop:
         parser.error("--chop_mem is the memory limit of --chop, which is not given: give both")

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
-# Time and peak memory against the reference implementations, as a table, CSV and picture; arguments go to benchmark.py.
+# Compares time and peak memory with the reference implementations in a table, a CSV file and a picture.
+# Arguments go to benchmark.py.
 source "$(dirname "$0")/env.sh"
 python "$code/benchmark.py" "$@"

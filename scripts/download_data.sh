@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # usage: bash scripts/download_data.sh [DIV2K] [benchmark] [--dir_data DATA_ROOT] [--keep]
 #
-# Downloads DIV2K (7 GB) and the benchmark images Set5, Set14, B100, Urban100 (default: both) into DATA_ROOT (default: dataset).
-# Run it again to continue after an interruption; images that are there are not downloaded again. An archive of your own,
-# DATA_ROOT/DIV2K or benchmark .tar, .tar.gz, .tgz, .tar.bz2, .tar.xz or .zip, is used instead of a download, and kept.
+# Downloads DIV2K (7 GB) and the benchmarks Set5, Set14, B100 and Urban100 (default: both) into DATA_ROOT (default: dataset).
+# To continue after an interruption, run it again; datasets that are complete are not downloaded again. If DATA_ROOT contains
+# an archive named DIV2K or benchmark (.tar, .tar.gz, .tgz, .tar.bz2, .tar.xz or .zip), it is used instead, and kept.
 #
 # --keep                     keep the downloaded archives
-# DIV2K_URL, BENCHMARK_URL   environment variables: addresses of other archives
+# DIV2K_URL, BENCHMARK_URL   environment variables: addresses of the archives, in place of the default ones
 set -euo pipefail
 shopt -s nullglob
 export LC_ALL=C

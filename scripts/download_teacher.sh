@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Fetches released checkpoints: bash scripts/download_teacher.sh NAME... [--dir FOLDER]; without arguments, lists the names.
+# Downloads released checkpoints: bash scripts/download_teacher.sh NAME... [--dir FOLDER]. Without names, lists them.
 source "$(dirname "$0")/env.sh"
 python "$code/download_teacher.py" "$@"

@@ -1,5 +1,6 @@
-# Sourced by the other scripts: makes .venv with requirements.txt (or the file that REQUIREMENTS names) or reuses it where
-# that is installed already, puts its python first, and sets `code`. Relative paths stay those of the user's folder.
+# Sourced by the other scripts: creates the virtual environment .venv and installs requirements.txt (or the file named by
+# REQUIREMENTS) in it, unless that is done already, puts its python first in PATH, and sets `root` and `code`, the folders of
+# the repository and of its code. The current folder remains that of the user, as do relative paths in arguments.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 code=$root/code

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Downloads with curl, or wget where there is no curl: bash scripts/fetch.sh URL FILE VARIABLE
-# Continues FILE where it exists; the caller names it *.part, checks what is in it and renames it. VARIABLE is the environment
-# variable that can hold another address, for messages.
+# Downloads a file with curl, or with wget if there is no curl: bash scripts/fetch.sh URL FILE VARIABLE
+# Continues the download if FILE exists; the caller names it *.part, and renames it after checking its content.
+# VARIABLE is the name of the environment variable that can contain another address, for error messages.
 set -euo pipefail
 export LC_ALL=C
 url=$1 file=$2 variable=$3

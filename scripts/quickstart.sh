@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The main job in a few minutes: distils a small RCAN from the teacher in teacher_checkpoint/, on photos that ship with
-# scikit-image, beside the same student trained without a teacher, and compares them on photos that neither has seen.
+# A complete experiment in a few minutes, on photos that come with scikit-image: trains a small RCAN without a teacher, and
+# with the teacher in teacher_checkpoint/ (FAKD), and compares both and the teacher on photos held out of training.
+# Arguments go to train.py.
 source "$(dirname "$0")/env.sh"
 
-# Both students: the same size, iterations, seed, first weights, and order of crops.
+# Both students have the same size, number of iterations, seed, initial weights and order of crops.
 common=(--scale 2 --model RCAN --n_resgroups 2 --n_resblocks 2 --n_feats 24 --reduction 6
     --data_train Sample --data_test Sample --patch_size 64 --batch_size 8 --epochs 3 --test_every 200
     --lr 1e-3 --decay cosine --n_threads 1 --seed 1 --reset "$@")

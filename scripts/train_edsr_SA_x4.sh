@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# FAKD's EDSR student for x4, taught by EDSR with spatial affinity; arguments go to train.py.
+# FAKD (He et al., ICIP 2020), scale 4: distils EDSR into a small EDSR by spatial affinity.
+# Arguments go to train.py.
 source "$(dirname "$0")/env.sh"
 python "$code/train.py" --ckp_dir overall_distilation/edsr/SA_x4 --scale 4 --teacher [EDSR] --model EDSR \
     --alpha 0.5 --feature_loss_used 1 --feature_distilation_type 10*SA --features [1,2,3] \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# FAKD's RCAN student for x3, taught by RCAN with spatial affinity; arguments go to train.py.
+# FAKD (He et al., ICIP 2020), scale 3: distils RCAN into a small RCAN by spatial affinity.
+# Arguments go to train.py.
 source "$(dirname "$0")/env.sh"
 python "$code/train.py" --ckp_dir overall_distilation/rcan/SA_x3 --scale 3 --teacher [RCAN] --model RCAN \
     --alpha 0.5 --feature_loss_used 1 --feature_distilation_type 10*SA --features [1,2,3] \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# FAKD's RCAN student for x2 without distillation; arguments go to train.py.
+# FAKD (He et al., ICIP 2020), scale 2: trains the RCAN student without distillation, as the baseline.
+# Arguments go to train.py.
 source "$(dirname "$0")/env.sh"
 python "$code/train.py" --ckp_dir student_baseline/rcan_baseline/baseline_x2 --scale 2 --model RCAN \
     --alpha 0 --feature_loss_used 0 \

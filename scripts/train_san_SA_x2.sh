@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# FAKD's SAN student for x2, taught by SAN with spatial affinity; arguments go to train.py.
+# FAKD (He et al., ICIP 2020), scale 2: distils SAN into a small SAN by spatial affinity.
+# Arguments go to train.py.
 source "$(dirname "$0")/env.sh"
 python "$code/train.py" --ckp_dir overall_distilation/san/SA_x2 --scale 2 --teacher [SAN] --model SAN \
     --alpha 0.5 --feature_loss_used 1 --feature_distilation_type 10*SA --features [1,2,3] \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# FAKD's SAN student for x2 without distillation; arguments go to train.py.
+# FAKD (He et al., ICIP 2020), scale 2: trains the SAN student without distillation, as the baseline.
+# Arguments go to train.py.
 source "$(dirname "$0")/env.sh"
 python "$code/train.py" --ckp_dir student_baseline/san_baseline/baseline_x2 --scale 2 --model SAN \
     --alpha 0 --feature_loss_used 0 \

@@ -57,7 +57,7 @@ def test_odd_paths_survive_the_file(folder, tmp_path):
 def test_a_path_that_a_line_cannot_hold_is_a_comment(folder, tmp_path):
     args = option.parse([f"--ckp_dir={folder}"])
     assert option.parse([written(args, tmp_path)]).ckp_dir == "first_try"
-    assert f"--ckp_dir {folder!a}: cannot be written" in (tmp_path / "config.txt").read_text()
+    assert f"--ckp_dir {folder!a}: this value cannot be written" in (tmp_path / "config.txt").read_text()
 
 
 def test_flags_after_a_file_override_it_and_comments_and_both_forms_are_read(tmp_path):
@@ -67,7 +67,7 @@ def test_flags_after_a_file_override_it_and_comments_and_both_forms_are_read(tmp
 
 
 @pytest.mark.parametrize("text, words", [
-    ("epochs 3", "line 1: 'epochs 3' is not one --flag"), ("--lr 1\n--epochs 3 --cpu", "line 2"), ("-x", "line 1"),
+    ("epochs 3", "line 1: 'epochs 3' is not of the form --flag"), ("--lr 1\n--epochs 3 --cpu", "line 2"), ("-x", "line 1"),
     ("--epoch 3", "--epochs"), ("--lr much", "much"), ("@other", "line 1"), ("--cpu yes", "--cpu"),
     ("--lr __import__('os')", "finite number"), ("\x00", "line 1"), ("--ckp_dir \x00", "line 1")])
 def test_a_wrong_file_of_flags_gets_one_line(text, words, tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_a_view_that_cannot_be_made_is_explained(line, words):
     ("--upcycle zoom_in+zoom_in", "duplicate"),
     ("--n_zoom_in 2", "--upcycle"),
     ("--view_terms DS", "--upcycle"),
-    ("--upcycle zoom_out --n_zoom_in 2", "does not name"),
+    ("--upcycle zoom_out --n_zoom_in 2", "does not contain"),
     ("--label_consistency 1.5", "0..1"),
 ])
 def test_mistaken_flags_get_a_line(line, words, capsys):
