@@ -194,9 +194,9 @@ def test_an_infinite_loss_ends_the_run_and_leaves_the_last_good_state(run_main, 
 def test_weights_that_the_last_update_broke_are_not_saved(run_main, flags, tmp_path):
     line = flags + "--loss 1*DS --test_every 1 --epochs 3 "
     status, _, err = run_main("train", line + "--lr 1e30")
-    assert status == 2 and "no finite image" in err[-1]
+    assert status == 2 and "outputs are not finite" in err[-1]
     assert not list((tmp_path / "run").rglob("*.pt"))
-    assert "no finite image" in (tmp_path / "run" / "log.txt").read_text()
+    assert "outputs are not finite" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_run_that_cannot_start_leaves_the_old_one_alone(run_main, flags, tmp_path):
