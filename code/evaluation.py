@@ -27,6 +27,7 @@ from metric import psnr, ssim
 from system import distributed
 from system.device import autocast
 from system.errors import UserError, writing
+from system.files import remove_stale_parts
 
 log = logging.getLogger("sr")
 
@@ -164,6 +165,7 @@ class Writer:
         folder = self.folder_of(images)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            remove_stale_parts(folder)
             with TemporaryFile(dir=folder):
                 pass
 

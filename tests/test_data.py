@@ -19,6 +19,7 @@ import option
 from data import dataset, degrade
 from data.image import list_images, read_image, read_photo
 from data.source import find
+from system import files
 from system.errors import UserError
 
 CODE = os.path.dirname(option.__file__)
@@ -508,6 +509,18 @@ def test_results_that_cannot_be_written_are_explained_before_the_upscaling(tmp_p
         with evaluation.Writer(tmp_path / "out", save_gt=False) as writer:
             evaluation.score(pytest.fail, images, writer)
     assert "results-A: cannot write" in message(score)
+
+
+def test_what_a_killed_test_left_is_removed_by_the_next(tmp_path, args):
+    make_dataset(tmp_path / "A", number=1)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / "out" / "results-A" / f".0_x2_SR.png.{files.HOST}.{ended.pid}.part"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    with evaluation.Writer(tmp_path / "out", save_gt=False) as writer:
+        evaluation.score(evaluation.by_bicubic(2), dataset.Images("A", args(), train=False), writer)
+    assert [file.name for file in left.parent.iterdir()] == ["0_x2_SR.png"]
 
 
 def test_demo_is_not_for_training(args):
