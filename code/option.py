@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import NoReturn
 
 import config
+import published
 from option_types import (
     decay_factor,
     expanded,
@@ -47,6 +48,7 @@ from template import TEMPLATES
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "SAN", "SwinIR"
 PUBLISHED_LOSS_FLAGS = ("alpha", "feature_loss_used", "feature_distilation_type")
+L1_OF_IMAGES = "DS", "TS", "LC", "T_DS"
 SIZES = {flag for preset in TEMPLATES.values() if "model" in preset for flag in preset}
 PATHS = "dir_data", "dir_demo", "dir_cache", "vgg_path", "vqgan_path", "pre_train", "ckp_dir", "ckp_path", "teacher"
 
@@ -116,13 +118,15 @@ def make_parser() -> Parser:
     group.add_argument("--patch_size", type=size, default=192, help="side of the training crops in HR pixels")
     group.add_argument("--no_augment", action="store_true", help="disable random flips and transposes of the crops")
     group.add_argument("--rgb_range", type=pixel_range, default=255,
-                       help="maximum pixel value in the losses; the weights in the papers of DUKD, DCKD and MCADKD are for "
-                            "1, those of the presets for 255")
+                       help="maximum pixel value in the losses; the published weights of presets are converted to it")
 
     group = parser.add_argument_group("networks", "Sizes that are not given are those of the checkpoint, or else those of "
                                                   "the published student.")
     group.add_argument("--template", default="",
                        help="presets A+B, sets of flags that flags on the command line override: " + ", ".join(TEMPLATES))
+    group.add_argument("--published", default="", metavar="NAME",
+                       help="settings of a published experiment, such as DUKD/EDSR/x3: student, teacher, training and test, "
+                            "which --template and flags on the command line override; list prints all with their scores")
     group.add_argument("--model", default="RCAN", help="architecture of the student: " + ", ".join(NETWORKS))
     group.add_argument("--teacher", type=parse_list, default=None,
                        help="teacher: a checkpoint file, or the name of a network in teacher_checkpoint/. With several, "
@@ -243,8 +247,9 @@ def make_parser() -> Parser:
     group.add_argument("--optimizer", choices=("ADAM", "SGD", "RMSprop"), default="ADAM", help="optimiser")
     group.add_argument("--lr", type=positive_number, default=1e-4, help="learning rate")
     group.add_argument("--decay", type=parse_decay, default="150-300-450-600",
-                       help="epochs, or iterations such as 100000-200000it, at which the learning rate is multiplied by "
-                            "--gamma; or cosine: cosine annealing to 0")
+                       help="epochs, counted from 1, at whose start the learning rate is multiplied by --gamma, as in "
+                            "EDSR-PyTorch; or iterations, such as 100000-200000it, after which it is; or cosine: cosine "
+                            "annealing to 0")
     group.add_argument("--warmup", type=natural, default=0,
                        help="number of iterations at the start over which the learning rate rises linearly")
     group.add_argument("--gamma", type=decay_factor, default=0.5, help="factor of the learning rate at each step of --decay")
@@ -288,8 +293,9 @@ def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.
     """Parse the flags of a command line, by default sys.argv; exits with one line and status 2 on a mistake.
 
     Beside the flags the namespace has `given`, a frozenset of the names of flags that are on the command line or in an @FILE
-    (without `training` also width_mult of a preset, as it selects the part of the network to test). `loss` is the loss
-    string also where it follows from --alpha and the flags after it. Paths have ~ expanded.
+    (without `training` also width_mult of a preset, as it selects the part of the network to test; otherwise also teacher of
+    --published, a part of which is the student of --width_mult). `loss` is the loss string also where it follows from
+    --alpha and the flags after it. Paths have ~ expanded.
     """
     parser = make_parser()
     try:
@@ -301,20 +307,33 @@ def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
 
+    if given.get("published") == "list":
+        print(published.listing())
+        parser.exit()
     names = given["template"].split("+") if given.get("template") else []
     for name in names:
         if name not in TEMPLATES:
             parser.error(f"--template {given['template']}: {name!r} is not a preset; the presets are {', '.join(TEMPLATES)}")
-    preset = join_presets(names)
+    try:
+        presets = [published.preset(given["published"], TEMPLATES)] if given.get("published") else []
+    except ValueError as error:
+        parser.error(str(error))
+    preset = join_presets(presets + [TEMPLATES[name] for name in names])
+    factor = given.get("rgb_range", defaults["rgb_range"]) / float(preset.pop("image_range", defaults["rgb_range"]))
+    for name in preset.keys() & {"loss", "feature_distilation_type"} if factor != 1 else ():
+        preset[name] = convert_weights(preset[name], factor)
     argv_of_preset = [f"--{name}" if value is True else f"--{name}={value}" for name, value in preset.items()]
     preset = {name: getattr(parser.parse_args(argv_of_preset), name) for name in preset}
     if "model" in given and given["model"] != preset.get("model", given["model"]):
-        parser.error(f"--model {given['model']} contradicts --template {given['template']}, which contains the sizes of "
+        flag = next(name for name in ("template", "published") if given.get(name))
+        parser.error(f"--model {given['model']} contradicts --{flag} {given[flag]}, which contains the sizes of "
                      f"{preset['model']}: give one of them")
 
     args = argparse.Namespace(**{**defaults, **preset, **given}, given=frozenset(given))
     if not training and args.width_mult:
         args.given |= {"width_mult"}
+    if training and "pre_train" not in given:
+        args.given |= {"teacher"} & preset.keys()
     duplicates = [f"--{name}" for name in PUBLISHED_LOSS_FLAGS if name in given]
     if args.loss and duplicates:
         parser.error(f"{', '.join(duplicates)} cannot be combined with the loss string {args.loss}: give one of them")
@@ -332,14 +351,13 @@ def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.
     return args
 
 
-def join_presets(names: Sequence[str]) -> dict[str, object]:
+def join_presets(presets: Sequence[dict[str, object]]) -> dict[str, object]:
     """Merge presets into one, where later ones override earlier ones.
 
     A preset with a loss also removes the loss of earlier ones, whichever flags it was given by, and a network their sizes.
     """
     preset = {}
-    for name in names:
-        later = TEMPLATES[name]
+    for later in presets:
         replaced = {"loss"} if later.keys() & set(PUBLISHED_LOSS_FLAGS) else set()
         if "loss" in later:
             replaced |= set(PUBLISHED_LOSS_FLAGS)
@@ -347,6 +365,14 @@ def join_presets(names: Sequence[str]) -> dict[str, object]:
             replaced |= SIZES
         preset = {**{flag: value for flag, value in preset.items() if flag not in replaced}, **later}
     return preset
+
+
+def convert_weights(loss: str, factor: float) -> str:
+    """Return a loss string for images that are `factor` times as large in value as those of its published weights.
+
+    L1 terms between images grow with the images; the other terms do not, and their weights are multiplied instead.
+    """
+    return "+".join(f"{weight * (1 if name in L1_OF_IMAGES else factor):g}*{name}" for weight, name in parse_loss(loss))
 
 
 def check_combinations(parser: Parser, args: argparse.Namespace) -> None:

@@ -33,5 +33,6 @@ def _after_warmup(args, iteration):
     if args.decay == "cosine":
         part = max(iteration - args.warmup, 0) / (args.epochs * args.test_every - args.warmup)
         return args.lr * 0.5 * (1 + math.cos(math.pi * part))
-    done = iteration if isinstance(args.decay, Iterations) else iteration // args.test_every
-    return args.lr * args.gamma ** sum(done >= step for step in args.decay)
+    # epochs are counted from 1, and --decay 150 acts in the 150th already: EDSR-PyTorch steps its scheduler before an epoch
+    reached = iteration if isinstance(args.decay, Iterations) else iteration // args.test_every + 1
+    return args.lr * args.gamma ** sum(reached >= step for step in args.decay)

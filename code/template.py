@@ -1,32 +1,21 @@
 """Presets of --template, several of which are joined by +: default values that flags on the command line override."""
+from published import training_preset
 
 TEMPLATES = {
-    # FAKD (He et al., ICIP 2020), the published training command
-    "FAKD": dict(alpha=0.5, feature_loss_used=1, feature_distilation_type="10*SA", features="[1,2,3]",
-                 lr=1e-4, decay="150-300-450-600", gamma=0.5, epochs=200, test_every=1000, batch_size=16),
-    # CSD (Wang et al., IJCAI 2021), the published training command; EDSR, RCAN or CARN as the teacher
-    "CSD": dict(loss="1*DS+200*CSD+1*T_DS", width_mult=0.25, neg_num=10, d_func="L1", t_l_remove=400,
-                lr=1e-4, decay="200", gamma=0.5, epochs=400, test_every=1000, batch_size=16),
-    # DCKD (Zhou et al., AAAI 2025); 25.5 and 0.255 are the published 0.1 and 0.001 for images in [0, 255]
-    "DCKD": dict(loss="1*DS+1*TS+1*LC+25.5*DCR+0.255*DMM", lc_p=0.5, dcr_negatives=4, dcr_noise=1, dcr_blur=0, dcr_resize=0,
-                 history_every="1000-2000-3000", ema=0.999, lr=1e-4, betas="0.9,0.99", decay="100-200", gamma=0.1,
-                 epochs=250, test_every=1000, batch_size=16),
-    # DUKD (Zhang et al., 2023): the settings for EDSR; those for RCAN and SwinIR have one zoom_in crop and no zoom_out
-    "DUKD": dict(loss="5*DS+1*TS", upcycle="1*zoom_in+1*zoom_out", n_zoom_in=2, label_consistency=0.3, ema=0.999, lr=1e-4,
-                 betas="0.9,0.99", decay="100000-200000it", gamma=0.1, epochs=250, test_every=1000, batch_size=16),
-    "DUKD_RCAN": dict(loss="1*DS+1*TS", upcycle="1*zoom_in", n_zoom_in=1, label_consistency=0.3, ema=0.999, lr=1e-4,
-                      betas="0.9,0.99", decay="100000-200000it", gamma=0.1, epochs=250, test_every=1000, batch_size=16),
-    "DUKD_SwinIR": dict(loss="5*DS+1*TS", upcycle="1*zoom_in", n_zoom_in=1, label_consistency=0.3, ema=0.999, lr=1e-4,
-                        betas="0.9,0.99", decay="100000-200000it", gamma=0.1, epochs=250, test_every=1000, batch_size=16),
+    # training settings of published experiments (published.csv), for any student, scale and test
+    "FAKD": training_preset("FAKD/RCAN/x4"),        # He et al., ICIP 2020
+    "CSD": training_preset("CSD/EDSR/x4/0.25"),     # Wang et al., IJCAI 2021
+    "DCKD": training_preset("DCKD/SwinIR/x4"),      # Zhou et al., AAAI 2025
+    "DUKD": training_preset("DUKD/EDSR/x2"),        # Zhang et al., 2023; at scales 3 and 4 one zoom_in crop instead of two
+    "DUKD_RCAN": training_preset("DUKD/RCAN/x4"),   # the same at scale 2; at 3 with zoom_out and label consistency
+    "DUKD_SwinIR": training_preset("DUKD/SwinIR/x4"),
+    "MCADKD": training_preset("MCADKD/SwinIR/x2"),  # Ko et al., ICCVW 2025; for EDSR with another learning rate, no EMA
     # no distillation, but initialised with the teacher's weights: the baseline of students that are initialised so
     "inherit": dict(loss="1*DS", init_from_teacher=True),
-    # MCADKD (Ko et al., ICCVW 2025); 12.75 and 2.55 are the published 0.05 and 0.01 for images in [0, 255]
-    "MCADKD": dict(loss="3*DS+0.5*TS+12.75*NCE+2.55*GAN", nce_type="hybrid", nce_mining="hard", gan_type="GAN",
-                   lr=1e-4, betas="0.9,0.99", batch_size=16),
     # sizes of published networks, with their number of parameters at scale 2; the scale itself is --scale
     "EDSR": dict(model="EDSR", n_resblocks=32, n_feats=256, res_scale=0.1),          # 40.73M, the teacher
     "EDSR_baseline": dict(model="EDSR", n_resblocks=16, n_feats=64, res_scale=1.0),  # 1.370M, FAKD's student
-    "EDSR_DUKD": dict(model="EDSR", n_resblocks=32, n_feats=64, res_scale=0.1),      # 2.552M, DUKD's student
+    "EDSR_DUKD": dict(model="EDSR", n_resblocks=32, n_feats=64, res_scale=0.1),      # 2.552M, DUKD's and MCADKD's student
     "EDSR_CSD": dict(model="EDSR", n_resblocks=32, n_feats=64, res_scale=0.1),       # 2.552M, CSD's student
     "RCAN": dict(model="RCAN", n_resgroups=10, n_resblocks=20, n_feats=64, reduction=16),         # 15.44M, the teacher
     "RCAN_student": dict(model="RCAN", n_resgroups=10, n_resblocks=6, n_feats=64, reduction=16),  # 5.024M

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import option
+import published
 from system.errors import UserError, run
 
 log = logging.getLogger("sr")
@@ -39,6 +40,10 @@ def main() -> int:
         scores = [evaluation.score(upscale, images, writer if args.save_results or images.name == "Demo" else None)
                   for images in benchmarks]
     log.info(evaluation.table(scores))
+    name = args.published or published.name_of_run(path.resolve().parent.parent)
+    compared = published.comparison(name, {score.dataset: score.psnr for score in scores}, args)
+    if compared and args.TS == "S":
+        log.info(compared)
     if writer:
         log.info("images are in %s", folder)
     return 0

@@ -6,12 +6,14 @@ from argparse import Namespace
 from contextlib import ExitStack
 
 import option
+import published
 from system.errors import UserError, is_distributed, is_rank_zero, run
 
 
 def main() -> int:
     """Train as the flags state, in this process or in --n_GPUs processes, and return the exit status; raises UserError."""
     args = option.parse()
+    published.require_start(args)
     if args.n_GPUs > 1 and not is_distributed():
         from system.distributed import launch  # noqa: PLC0415
         return launch(args)

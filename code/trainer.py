@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 import evaluation
+import published
 import resume
 from checkpoint import Experiment
 from data import Crops, Images, make_batches
@@ -193,6 +194,9 @@ class Trainer:
             return
         best = evaluation.best(self.history)
         log.info("epoch %d\n%s", epoch, evaluation.table(scores, best))
+        compared = published.comparison(self.args.published, {s.dataset: s.psnr for s in scores}, self.args)
+        if compared and self.finished():
+            log.info(compared)
         # the best model is chosen on the first test set, as in EDSR; without ground truth it is the latest
         first = next(iter(self.history[-1]["scores"]), None)
         self.experiment.save_models(tested, first is None or best.get(first, (0, 0))[1] == epoch, epoch)

@@ -1,6 +1,4 @@
 #!/usr/bin/env bash
-# CSD (Wang et al., IJCAI 2021), scale 2: trains EDSR together with the student, a quarter of its channels.
-# Arguments go to train.py.
+# CSD/EDSR/x2/0.25 as published, CSD (IJCAI 2021); arguments go to train.py.
 source "$(dirname "$0")/env.sh"
-python "$code/train.py" --ckp_dir csd/edsr_x2 --scale 2 --template EDSR+CSD --teacher EDSR \
-    --save_results --chop --patch_size 96 "$@"
+python "$code/train.py" --published CSD/EDSR/x2/0.25 "$@"

@@ -1,6 +1,4 @@
 #!/usr/bin/env bash
-# DCKD* (Zhou et al., AAAI 2025), scale 4: distils RCAN into an RCAN of 10 groups with 6 blocks each.
-# DCKD* is DCKD with the zoom-in of DUKD, for which only TS is computed. Arguments go to train.py.
+# DCKD_star/RCAN/x4 as published, DCKD (AAAI 2025, arXiv 2412.08939); arguments go to train.py.
 source "$(dirname "$0")/env.sh"
-python "$code/train.py" --ckp_dir dckd_star/rcan_x4 --scale 4 --template RCAN_student+DCKD --teacher RCAN \
-    --upcycle zoom_in --view_terms TS --save_results --chop --patch_size 192 "$@"
+python "$code/train.py" --published DCKD_star/RCAN/x4 "$@"

@@ -1,6 +1,4 @@
 #!/usr/bin/env bash
-# DCKD (Zhou et al., AAAI 2025), scale 3: distils SwinIR into a SwinIR of 4 groups with 60 channels.
-# Arguments go to train.py.
+# DCKD/SwinIR/x3 as published, DCKD (AAAI 2025, arXiv 2412.08939); arguments go to train.py.
 source "$(dirname "$0")/env.sh"
-python "$code/train.py" --ckp_dir dckd/swinir_x3 --scale 3 --template SwinIR_student+DCKD --teacher SwinIR \
-    --save_results --chop --patch_size 144 "$@"
+python "$code/train.py" --published DCKD/SwinIR/x3 "$@"

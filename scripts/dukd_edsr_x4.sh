@@ -1,6 +1,4 @@
 #!/usr/bin/env bash
-# DUKD (Zhang et al., 2023), scale 4: distils EDSR into an EDSR of 32 blocks with 64 channels.
-# Arguments go to train.py.
+# DUKD/EDSR/x4 as published, DUKD (arXiv 2309.14162); arguments go to train.py.
 source "$(dirname "$0")/env.sh"
-python "$code/train.py" --ckp_dir dukd/edsr_x4 --scale 4 --template EDSR_DUKD+DUKD --teacher EDSR \
-    --save_results --chop --patch_size 192 "$@"
+python "$code/train.py" --published DUKD/EDSR/x4 "$@"

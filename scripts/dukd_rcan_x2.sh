@@ -1,6 +1,4 @@
 #!/usr/bin/env bash
-# DUKD (Zhang et al., 2023), scale 2: distils RCAN into an RCAN of 10 groups with 6 blocks each.
-# Arguments go to train.py.
+# DUKD/RCAN/x2 as published, DUKD (arXiv 2309.14162); arguments go to train.py.
 source "$(dirname "$0")/env.sh"
-python "$code/train.py" --ckp_dir dukd/rcan_x2 --scale 2 --template RCAN_student+DUKD_RCAN --teacher RCAN \
-    --save_results --chop --patch_size 96 "$@"
+python "$code/train.py" --published DUKD/RCAN/x2 "$@"

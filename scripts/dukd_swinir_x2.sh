@@ -1,6 +1,4 @@
 #!/usr/bin/env bash
-# DUKD (Zhang et al., 2023), scale 2: distils SwinIR into a SwinIR of 4 groups with 60 channels.
-# Arguments go to train.py.
+# DUKD/SwinIR/x2 as published, DUKD (arXiv 2309.14162); arguments go to train.py.
 source "$(dirname "$0")/env.sh"
-python "$code/train.py" --ckp_dir dukd/swinir_x2 --scale 2 --template SwinIR_student+DUKD_SwinIR --teacher SwinIR \
-    --save_results --chop --patch_size 96 "$@"
+python "$code/train.py" --published DUKD/SwinIR/x2 "$@"

@@ -1,6 +1,4 @@
 #!/usr/bin/env bash
-# MCADKD (Ko et al., ICCVW 2025), scale 2: distils SwinIR into a SwinIR of 4 groups with 60 channels.
-# Arguments go to train.py.
+# MCADKD/SwinIR/x2 as published, MCADKD (ICCVW 2025 AIGENS); arguments go to train.py.
 source "$(dirname "$0")/env.sh"
-python "$code/train.py" --ckp_dir mcadkd/swinir_x2 --scale 2 --template SwinIR_student+MCADKD --teacher SwinIR \
-    --save_results --chop --patch_size 96 "$@"
+python "$code/train.py" --published MCADKD/SwinIR/x2 "$@"

@@ -1,7 +1,4 @@
 #!/usr/bin/env bash
-# FAKD (He et al., ICIP 2020), scale 3: distils EDSR into a small EDSR by spatial affinity.
-# Arguments go to train.py.
+# FAKD/EDSR/x3 as published, FAKD (ICIP 2020); arguments go to train.py.
 source "$(dirname "$0")/env.sh"
-python "$code/train.py" --ckp_dir overall_distilation/edsr/SA_x3 --scale 3 --teacher [EDSR] --model EDSR \
-    --alpha 0.5 --feature_loss_used 1 --feature_distilation_type 10*SA --features [1,2,3] \
-    --epochs 200 --save_results --chop --patch_size 144 "$@"
+python "$code/train.py" --published FAKD/EDSR/x3 "$@"

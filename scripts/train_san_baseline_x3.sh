@@ -1,7 +1,4 @@
 #!/usr/bin/env bash
-# FAKD (He et al., ICIP 2020), scale 3: trains the SAN student without distillation, as the baseline.
-# Arguments go to train.py.
+# FAKD/SAN/x3/baseline as published, FAKD (ICIP 2020); arguments go to train.py.
 source "$(dirname "$0")/env.sh"
-python "$code/train.py" --ckp_dir student_baseline/san_baseline/baseline_x3 --scale 3 --model SAN \
-    --alpha 0 --feature_loss_used 0 \
-    --epochs 200 --save_results --chop --patch_size 144 "$@"
+python "$code/train.py" --published FAKD/SAN/x3/baseline "$@"

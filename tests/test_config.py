@@ -31,11 +31,12 @@ def test_the_list_above_has_all_flags():
     parser = option.make_parser()
     defaults, args = parser.parse_args([]), parser.parse_args(ALL_FLAGS.split())
     same = {name for name, value in vars(args).items() if value == getattr(defaults, name)}
-    assert same == NOT_WITH_LOSS | {"template", "resume", "reset", "cache_teacher"}
+    assert same == NOT_WITH_LOSS | {"template", "published", "resume", "reset", "cache_teacher"}
 
 
 @pytest.mark.parametrize("line", [
     "", "--cache_teacher", ALL_FLAGS,
+    "--published DUKD/RCAN/x3 --rgb_range 1",
     "--template FAKD+RCAN_student --lr 1", "--template DUKD --upcycle 1*zoom_out", "--template CSD --cpu",
     "--alpha 0.25 --feature_loss_used 1 --feature_distilation_type 2*CA", "--template DCKD --decay cosine",
     "--template CARN_multi --history_every 7 --decay 5-6", "--feature_loss_used 0 --pre_train a.pt",

@@ -13,8 +13,15 @@ def rates(line, count):
 
 
 def test_steps_by_epochs_and_by_iterations():
-    assert rates("--decay 1-3", 20) == [1] * 4 + [0.5] * 8 + [0.25] * 8
+    assert rates("--decay 2-4", 20) == [1] * 4 + [0.5] * 8 + [0.25] * 8
     assert rates("--decay 3-6it", 20) == [1] * 3 + [0.5] * 3 + [0.25] * 14
+
+
+@pytest.mark.parametrize("epoch, rate", [(1, 1e-4), (149, 1e-4), (150, 5e-5), (151, 5e-5), (299, 5e-5), (300, 2.5e-5)])
+def test_the_published_decay_acts_in_the_epoch_that_it_names_counted_from_1(epoch, rate):
+    """FAKD and EDSR-PyTorch step their scheduler before an epoch: 150..200 run at half of the rate."""
+    args = option.parse(["--decay", "150-300-450-600", "--epochs", "700"])
+    assert [learning_rate(args, k) for k in ((epoch - 1) * 1000, epoch * 1000 - 1)] == pytest.approx([rate, rate])
 
 
 def test_cosine_is_whole_at_the_start_and_ends_near_0():

@@ -79,7 +79,7 @@ def test_reduced_precision_trains_and_keeps_float32_weights(run_main, flags, tea
 
 @pytest.mark.parametrize("optimizer", ["SGD", "RMSprop"])
 def test_other_optimisers_and_step_decay(run_main, flags, tmp_path, optimizer):
-    status, _, _ = run_main("train", flags + f"--loss 1*DS --optimizer {optimizer} --lr 1e-6 --decay 1-2 --gamma 0.1 "
+    status, _, _ = run_main("train", flags + f"--loss 1*DS --optimizer {optimizer} --lr 1e-6 --decay 2-3 --gamma 0.1 "
                             "--epochs 3 --test_every 2 --gclip 1 --weight_decay 1e-4")
     assert status == 0
     assert [float(row["lr"]) for row in rows(tmp_path / "run" / "loss.csv")] == pytest.approx([1e-6, 1e-7, 1e-8])

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# CSD/EDSR/x2/0.25/J-T1 as published, CSD (IJCAI 2021); arguments go to train.py.
+source "$(dirname "$0")/env.sh"
+python "$code/train.py" --published CSD/EDSR/x2/0.25/J-T1 "$@"
