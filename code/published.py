@@ -115,6 +115,12 @@ def comparison(name: str, psnrs: Mapping[str, float | None], args) -> str:
     return "\n".join(lines)
 
 
+def source(name: str) -> str:
+    """Return where the settings of an experiment are from, how certain they are, and what is assumed in them."""
+    experiment = experiments()[name]
+    return "; ".join(filter(None, (experiment.settings_source, experiment.settings_certainty, experiment.note)))
+
+
 def listing() -> str:
     """Return a table of all experiments with their PSNR (dB) on the benchmarks, for --published list."""
     width = max(map(len, experiments()))
@@ -127,15 +133,14 @@ def listing() -> str:
 
 def markdown() -> str:
     """Return the table of scripts/README.md."""
-    sources = dict.fromkeys(source for source in (repository(experiment) for experiment in experiments().values()) if source)
-    lines = ["Settings are from " + ", ".join(f"`{source}`" for source in sources) + ", or from the papers.", "",
+    repositories = dict.fromkeys(filter(None, map(repository, experiments().values())))
+    lines = ["Settings are from " + ", ".join(f"`{name}`" for name in repositories) + ", or from the papers.", "",
              f"| experiment | script | {' | '.join(BENCHMARKS)} | other sets | settings |", "| --- " * 8 + "|"]
     for name, experiment in experiments().items():
         scores = {dataset: "/".join(filter(None, score)) for dataset, score in experiment.scores.items()}
         others = ", ".join(f"{dataset} {score}" for dataset, score in scores.items() if dataset not in BENCHMARKS)
-        source = experiment.settings_source.removeprefix(repository(experiment)).strip()
         script = f"`{experiment.script}.sh`" if experiment.script else "-"
-        settings = "; ".join(filter(None, (source, experiment.settings_certainty, experiment.note)))
+        settings = source(name).removeprefix(repository(experiment)).strip()
         cells = [name, script, *(scores.get(dataset, "") for dataset in BENCHMARKS), others, settings]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -59,6 +59,8 @@ def train(args: Namespace) -> int:
             experiment.begin()
         logging.getLogger("sr").info("student: %s%s\nloss: %s", describe(student), "".join(
             f"\nteacher: {describe(net)}" for net in teachers), args.loss)
+        if args.published:
+            logging.getLogger("sr").info("published %s: %s", args.published, published.source(args.published))
         try:
             status = trainer.fit()
             distributed.disconnect()

@@ -261,6 +261,7 @@ def test_a_run_and_a_test_of_its_checkpoint_compare(run_main, tiny_data, tmp_pat
                               f"--teacher {tmp_path / 'teacher.pt'} --ckp_dir {tmp_path / 'run'}")
     compared = [line for line in out if "published CSD EDSR x2 0.25: 38.19, " in line]
     assert status == 0 and len(compared) == 1 and compared[0] == out[-1]
+    assert any("published CSD/EDSR/x2/0.25: Booooooooooo/CSD@f479c8f" in line and "LR patch 48" in line for line in out)
     model = tmp_path / "run" / "model" / "model_latest.pt"
     status, out, _ = run_main("test", data + f"--ckp_path {model} --published CSD/EDSR/x2/0.25")
     assert status == 0 and out[-1] == compared[0]
