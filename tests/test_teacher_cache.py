@@ -171,7 +171,7 @@ def test_another_teacher_another_precision_or_another_image_is_computed_anew(run
 @pytest.mark.parametrize("more, words", [
     ("--loss 1*DS", "no term of 1*DS uses a teacher"),
     ("--loss 1*TS --ext img", "--ext img disables"),
-    ("--loss 1*DS+1*T_DS --width_mult 0.5", "trained along"),
+    ("--loss 1*DS+1*T_DS --width_mult 0.5", "needs a fixed teacher"),
 ])
 def test_where_no_output_can_be_cached(run_main, flags, teacher, more, words, capsys):  # noqa: F811
     status, _, err = run_main("train", flags + f"--teacher {teacher} --cache_teacher {more}")

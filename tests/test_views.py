@@ -204,7 +204,7 @@ def test_every_other_term_works_on_the_views_it_has_the_means_for():
 @pytest.mark.parametrize("string, upcycle, more, words", [
     ("1*DS", "zoom_in", "", "no term of DS can be computed on that view, which has no ground truth: add TS"),
     ("1*DS+1*SA", "zoom_in", "", "no term of DS.SA"),
-    ("1*DS+1*TS", "zoom_in", "--view_terms SA", "the loss has no such term, it has DS, TS"),
+    ("1*DS+1*TS", "zoom_in", "--view_terms SA", "the loss has no such term; its terms are DS, TS"),
     ("1*DS+1*TS", "zoom_in", "--view_terms TS+DS", "--view_terms DS: it cannot be computed on zoom_in"),
     ("1*DS+1*TS+1*CSD", "zoom_out", "", "zoom_out: CSD needs images of 16 pixels or more, those of this view have 8"),
     ("1*DS+1*TS+1*T_DS", "zoom_out", "--view_terms T_DS", "T_DS: it cannot be computed"),
