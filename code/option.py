@@ -147,6 +147,8 @@ def make_parser() -> Parser:
     group.add_argument("--group", type=size, help="number of groups of the grouped convolutions (CARN: 1, CARN_M: 4)")
     group.add_argument("--multi_scale", type=parse_scales,
                        help="scales of a multi-scale CARN, such as 2+3+4, one of which is --scale")
+    group.add_argument("--carn_variant", choices=("Ahn", "CSD"),
+                       help="CARN of its authors, or that of CSD's code, with fewer ReLUs and images in [0, 255]")
     group.add_argument("--depths", type=parse_numbers,
                        help="number of transformer layers in each residual group, such as [6,6,6,6] (SwinIR)")
     group.add_argument("--num_heads", type=parse_numbers,

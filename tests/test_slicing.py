@@ -32,12 +32,13 @@ def build(name):
 
 
 @pytest.mark.parametrize("width", [1, 0.5, 0.25])
-@pytest.mark.parametrize("name", ["csd_edsr_x2", "csd_edsr_x4"])
+@pytest.mark.parametrize("name", ["csd_edsr_x2", "csd_edsr_x4", "csd_rcan_x2", "csd_carn_x2"])
 def test_a_slice_agrees_with_the_authors(golden, name, width):
     path, x, arrays, about = golden(name)
-    net = load_model(path, res_scale=about["config"]["res_scale"])
+    override = {"res_scale": about["config"].get("res_scale")}
+    net = load_model(path, **override)
     expected = arrays[f"width_{width:g}"]
-    copied = load_model(path, res_scale=about["config"]["res_scale"], width_mult=width)
+    copied = load_model(path, **override, width_mult=width)
     with torch.no_grad():
         for student in (slim(net, width), copied):
             assert (student(x) - expected).abs().max() <= 2e-4 * expected.abs().max()

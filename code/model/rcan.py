@@ -95,6 +95,16 @@ def basicsr_rules(state: State) -> Rules:
             ("conv_last", "tail.1")]
 
 
+def csd_rules(state: State) -> Rules:
+    """Rename the parameters of CSD's slimmable RCAN."""
+    return [("body.*.body.*.caLayer.conv_du.0", "body.*.body.*.body.3.conv_du.0"),
+            ("body.*.body.*.caLayer.conv_du.1", "body.*.body.*.body.3.conv_du.2"),
+            ("body.*.body.*.body.1", "body.*.body.*.body.2"),
+            ("body.*.conv", f"body.*.body.{count(state, 'body.0.body.*')}"),
+            ("body_conv", f"body.{count(state, 'body.*')}"), ("head_conv", "head.0"), ("tail_conv", "tail.1"),
+            *[(f"upsampler.blocks.{n}", f"tail.0.{2 * n}") for n in range(3)]]
+
+
 LAYOUTS = (
     Layout("EDSR-PyTorch", ("head.0.weight", "body.0.body.0.body.0.weight", "body.0.body.0.body.2.weight",
                             "body.0.body.0.body.3.conv_du.0.weight", "tail.0.0.weight", "tail.1.weight"), read_config),
@@ -103,4 +113,7 @@ LAYOUTS = (
     Layout("BasicSR", ("conv_first.weight", "body.0.residual_group.0.rcab.0.weight",
                        "body.0.residual_group.0.rcab.3.attention.1.weight", "body.0.conv.weight", "conv_after_body.weight",
                        "upsample.0.weight", "conv_last.weight"), read_config, basicsr_rules),
+    Layout("CSD", ("head_conv.weight", "body.0.body.0.body.0.weight", "body.0.body.0.caLayer.conv_du.0.weight",
+                   "body.0.conv.weight", "body_conv.weight", "upsampler.blocks.0.weight", "tail_conv.weight"), read_config,
+           csd_rules),
 )

@@ -15,7 +15,7 @@ from model import rdn
 from model.common import Network
 from system.errors import UserError
 
-FIXED_ARGUMENTS = "scale", "window_size", "group"  # must be equal: they determine what an entry of a parameter means
+FIXED_ARGUMENTS = "scale", "window_size", "group", "carn_variant"  # must be equal: the meaning of the parameters
 WIDTH_ARGUMENTS = "n_feats", "G0", "RDNconfig", "n_inner"  # numbers of channels, which are multiplied by the width
 CANNOT_INHERIT = "the student cannot start from the teacher's weights"
 
