@@ -240,6 +240,8 @@ def make_parser() -> Parser:
     group.add_argument("--nce_patch_size", type=size, default=48, help="side of the patches in HR pixels (NCE)")
     group.add_argument("--gan_type", choices=("GAN", "LSGAN", "RGAN", "WGAN", "WGAN_GP"), default="GAN",
                        help="adversarial loss (GAN)")
+    group.add_argument("--gan_net", choices=("srgan", "unet"), default="srgan",
+                       help="discriminator (GAN): srgan, a score of each image; unet, a score of each pixel, as in MCADKD")
     group.add_argument("--gan_k", type=repeats, default=1, help="discriminator steps per iteration (GAN)")
     group.add_argument("--gan_lr", type=positive_number, default=1e-4, help="learning rate of the discriminator (GAN)")
 
