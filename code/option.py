@@ -266,7 +266,10 @@ def make_parser() -> Parser:
     group.add_argument("--betas", type=parse_betas, default="0.9,0.999", help="betas of ADAM")
     group.add_argument("--epsilon", type=positive_number, default=1e-8, help="epsilon of ADAM and RMSprop")
     group.add_argument("--weight_decay", type=not_negative, default=0, help="weight decay (L2 penalty)")
-    group.add_argument("--gclip", type=not_negative, default=0, help="maximum norm of the gradient; 0 does not clip it")
+    group.add_argument("--gclip", type=not_negative, default=0,
+                       help="maximum absolute value of each element of the gradient, as in EDSR; 0 does not clip it")
+    group.add_argument("--grad_norm", type=not_negative, default=0,
+                       help="maximum norm of the gradient; 0 does not clip it")
     group.add_argument("--ema", type=fraction, default=0,
                        help="decay of the exponential moving average of the student's weights, which is then tested and "
                             "saved in their place (DUKD, DCKD: 0.999); 0 disables it")
