@@ -115,9 +115,12 @@ def test_means_may_be_missing(net, save):
     assert same_weights(load_model(save(state)), net)
 
 
-@pytest.mark.parametrize("n_feats, expected", [(64, 1.0), (256, 0.1)])
-def test_res_scale_of_a_foreign_file_follows_its_width(save, n_feats, expected):
-    state = EDSR(2, n_resblocks=1, n_feats=n_feats, res_scale=7).state_dict()
+@pytest.mark.parametrize("n_resblocks, n_feats, expected", [  # of 16 and 32 blocks: EDSR's, FAKD's, DUKD's, CSD's
+    (16, 64, 1.0), (32, 64, 0.1), (32, 128, 0.1), (16, 256, 1.0), (1, 64, 1.0), (1, 256, 0.1)])
+def test_res_scale_of_a_foreign_file_follows_its_depth(save, n_resblocks, n_feats, expected):
+    state = EDSR(2, n_resblocks, 8, res_scale=7).state_dict()
+    state = {name: torch.zeros([n_feats if size == 8 else 4 * n_feats if size == 32 else size for size in value.shape])
+             for name, value in state.items()}
     path = save(state)
     assert load_model(path).body[0].res_scale == expected
     assert load_model(path, res_scale=0.5).body[0].res_scale == 0.5
