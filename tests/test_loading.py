@@ -19,9 +19,11 @@ from checkpoint import save_model
 from conftest import ROOT
 from loss import vgg, vqgan
 from model import CheckpointError, load_model, load_with_flags, make_model, roles, teachers
+from model.carn import CARN
 from model.edsr import EDSR
 from model.loading import read_checkpoint
 from model.rcan import RCAN
+from model.san import SAN
 from model.swinir import SwinIR
 from released import files_of
 from system.errors import UserError
@@ -108,6 +110,19 @@ def test_half_precision_becomes_single(net, save):
     loaded = load_model(save({name: value.half() for name, value in net.state_dict().items()}))
     assert all(p.dtype == torch.float32 for p in loaded.parameters())
     assert torch.allclose(loaded.head[0].weight, net.head[0].weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [lambda: RCAN(2, n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4),
+                                  lambda: SAN(2, n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4),
+                                  lambda: EDSR(2, n_resblocks=1, n_feats=8), lambda: CARN(2, n_feats=8)])
+def test_mean_shifts_are_constant_and_those_of_the_file(save, make):
+    net = make()
+    shifts = {name for name, _ in net.named_parameters() if "_mean." in name}
+    assert len(shifts) == 4
+    state = {name: value + 1 if name in shifts else value for name, value in net.state_dict().items()}
+    loaded = load_model(save(state))
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, state[name]) and parameter.requires_grad == (name not in shifts)
 
 
 def test_means_may_be_missing(net, save):

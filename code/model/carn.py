@@ -15,7 +15,7 @@ class Shift(nn.Module):
 
     def __init__(self, sign: int):
         super().__init__()
-        self.shifter = MeanShift(sign, trainable=False)
+        self.shifter = MeanShift(sign)
         with torch.no_grad():
             self.shifter.bias.copy_(sign * MEAN)
 
@@ -95,7 +95,7 @@ class CARN(Network):
         self.native_range = VARIANTS[carn_variant]
         # entry 1, each of 3 x 3 residual blocks 2; convolutions of an upsampler and exit together 2 LR pixels at any scale
         self.receptive_field = 21
-        self.sub_mean, self.add_mean = (MeanShift(sign, trainable=False) if carn_variant == "CSD" else Shift(sign)
+        self.sub_mean, self.add_mean = (MeanShift(sign) if carn_variant == "CSD" else Shift(sign)
                                         for sign in (-1, 1))
         self.entry = ImageConv(3, n_feats)
         self.b1, self.b2, self.b3 = (CascadingBlock(n_feats, group, carn_variant) for _ in range(3))

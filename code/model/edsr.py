@@ -22,11 +22,11 @@ class EDSR(Network):
         # head 1, each block 2, end of the body 1; the tail's convolutions together 2 LR pixels at any scale
         self.receptive_field = 2 * n_resblocks + 4
         self.feature_layers = n_resblocks // 3, 2 * n_resblocks // 3
-        self.sub_mean = MeanShift(-1, trainable=False)
+        self.sub_mean = MeanShift(-1)
         self.head = nn.Sequential(ImageConv(3, n_feats))
         self.body = nn.Sequential(*[ResBlock(n_feats, res_scale) for _ in range(n_resblocks)], conv(n_feats, n_feats))
         self.tail = nn.Sequential(Upsampler(scale, n_feats), ImageConv(n_feats, 3))
-        self.add_mean = MeanShift(1, trainable=False)
+        self.add_mean = MeanShift(1)
 
     def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute the SR image and the feature maps, as `Network.super_resolve` describes."""

@@ -57,12 +57,12 @@ class RCAN(Network):
         self.config = dict(scale=scale, n_resgroups=n_resgroups, n_resblocks=n_resblocks, n_feats=n_feats,
                            reduction=reduction)
         self.feature_layers = round(n_resgroups / 3), round(2 * n_resgroups / 3)  # 3 and 7 of 10, as in FAKD
-        self.sub_mean = MeanShift(-1, trainable=True)
+        self.sub_mean = MeanShift(-1)
         self.head = nn.Sequential(ImageConv(3, n_feats))
         self.body = nn.Sequential(*[ResidualGroup(n_resblocks, n_feats, reduction) for _ in range(n_resgroups)],
                                   conv(n_feats, n_feats))
         self.tail = nn.Sequential(Upsampler(scale, n_feats), ImageConv(n_feats, 3))
-        self.add_mean = MeanShift(1, trainable=True)
+        self.add_mean = MeanShift(1)
 
     def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute the SR image and the feature maps, as `Network.super_resolve` describes."""
