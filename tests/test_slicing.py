@@ -4,6 +4,7 @@ import torch
 
 from checkpoint import save_model
 from model import NETWORKS, inherit, load_model, slim
+from model.imdn import IMDN
 from model.slicing import evenly_spaced, narrow_network
 from system.errors import UserError
 from test_training import SIZES, assert_same_weights, flags  # noqa: F401 - a fixture
@@ -15,7 +16,6 @@ NETS = {
     "SwinIR": dict(depths=[2], n_feats=16, num_heads=[2], window_size=4),
     "CARN": dict(n_feats=16),
     "RDN": dict(G0=16, RDNconfig="2,2,8"),
-    "IMDN": dict(n_feats=64, n_modules=2),
 }
 
 
@@ -54,6 +54,14 @@ def test_every_network_can_be_sliced(name):
     copy = inherit(narrow_network(net, 0.5), net)
     assert torch.allclose(copy(x), sr, atol=1e-3)
     assert sum(p.numel() for p in copy.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+def test_imdn_cannot_be_sliced(run_main, tmp_path):
+    save_model(IMDN(2, n_feats=32, n_modules=1), tmp_path / "imdn.pt")
+    line = f"--cpu --scale 2 --width_mult 0.5 --ckp_path {tmp_path / 'imdn.pt'} --data_test Demo --dir_demo {tmp_path}"
+    status, _, err = run_main("test", line)
+    assert status == 2 and err == ["error: --width_mult: IMDN cannot be sliced, since its blocks divide their channels; "
+                                   "train a narrower one with --n_feats"]
 
 
 def test_a_slice_shares_storage_and_its_gradient_reaches_only_its_channels():

@@ -14,12 +14,14 @@ class Network(nn.Module):
 
     Attributes: `config`, the arguments of the constructor; `scale`; `n_feats`, the channels of the feature maps;
     `rgb_range`, the maximum of the images that `forward` takes and returns; `native_range`, the maximum of those that
-    `super_resolve` was designed for; `window`, the size to a multiple of which inputs are padded (1: no padding);
-    `receptive_field`, in LR pixels to each side (None: the whole image).
+    `super_resolve` was designed for; `sliceable`, whether the first channels are a network of their own (--width_mult);
+    `window`, the size to a multiple of which inputs are padded (1: no padding); `receptive_field`, in LR pixels to each side
+    (None: the whole image).
     """
 
     rgb_range = 255
     native_range = 255
+    sliceable = True
     window = 1
     receptive_field = None
 

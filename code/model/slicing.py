@@ -190,6 +190,9 @@ def narrow_network(net: Network, width: float) -> Network:
     """
     if not 0 < width <= 1:
         raise UserError(f"--width_mult {width:g} is not above 0 and at most 1")
+    if not net.sliceable:
+        raise UserError(f"--width_mult: {type(net).__name__} cannot be sliced, since its blocks divide their channels; "
+                        "train a narrower one with --n_feats")
     config = {name: scale_argument(name, value, width) if name in WIDTH_ARGUMENTS and value else value
               for name, value in net.config.items()}
     try:
