@@ -1,7 +1,7 @@
 """One step of distillation as a module: views of a batch -> student and teacher -> loss."""
 import logging
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -22,16 +22,20 @@ class Distiller(nn.Module):
 
     student, teachers: networks of model/; if there are several teachers, one is drawn at random for each batch. loss: the
     weighted terms. upcycle: pairs of weight and name of the views beside the original batch (data/views.py). n_zoom_in:
-    tiles per image. label_consistency: probability of each operation on the student's inputs (loss/consistency.py).
+    tiles per image. zoom_in_tiles: `image` or `batch`, for which the tiles are drawn. label_consistency: probability of each
+    operation on the student's inputs (loss/consistency.py) of the views label_consistency_views, `all` of them by default.
     rgb_range: maximum of the images that the networks take. precision: single, half or bf16, that of the networks.
     """
 
     def __init__(self, student: nn.Module, teachers: Sequence[nn.Module], loss: Loss, *, upcycle: Sequence = (),
-                 n_zoom_in: int = 1, label_consistency: float = 0, rgb_range: float = 255, precision: str = "single"):
+                 n_zoom_in: int = 1, zoom_in_tiles: str = "image", label_consistency: float = 0,
+                 label_consistency_views: Collection[str] = ("all",), rgb_range: float = 255, precision: str = "single"):
         super().__init__()
         self.student, self.teachers, self.loss = student, nn.ModuleList(teachers), loss
-        self.make_views = partial(make_views, scale=student.scale, upcycle=upcycle, n_zoom_in=n_zoom_in)
-        self.label_consistency, self.rgb_range, self.precision = label_consistency, rgb_range, precision
+        self.make_views = partial(make_views, scale=student.scale, upcycle=upcycle, n_zoom_in=n_zoom_in,
+                                  zoom_in_tiles=zoom_in_tiles)
+        self.label_consistency, self.label_consistency_views = label_consistency, label_consistency_views
+        self.rgb_range, self.precision = rgb_range, precision
         self.compiled = {}  # network: its compiled form, for training only: test images have many sizes
         trained = set(student.parameters())  # include those of a teacher of which the student is a slice
         for parameter in set(self.teachers.parameters()) - trained:
@@ -67,8 +71,10 @@ class Distiller(nn.Module):
             view.lr, view.hr = self.to_input(view.lr), None if view.hr is None else self.to_input(view.hr)
         needs = [self.loss.needs_on(view.name, view.hr is not None) for view in views]
         inputs, features = [view.lr for view in views], ["features" in need for need in needs]
+        probabilities = [self.label_consistency * (not {"all", view.name}.isdisjoint(self.label_consistency_views))
+                         for view in views]
         students = with_label_consistency(
-            partial(forward_by_size, partial(self.run, self.student), features=features), inputs, self.label_consistency,
+            partial(forward_by_size, partial(self.run, self.student), features=features), inputs, probabilities,
             self.rgb_range)
         number = self.draw_teacher()
         teacher = None if number is None else self.teachers[number]
@@ -142,4 +148,6 @@ class Distiller(nn.Module):
 def build_distiller(args: Namespace, student: nn.Module, teachers: Sequence[nn.Module], loss: Loss) -> Distiller:
     """Build a Distiller from the flags."""
     return Distiller(student, teachers, loss, upcycle=args.upcycle, n_zoom_in=args.n_zoom_in,
-                     label_consistency=args.label_consistency, rgb_range=args.rgb_range, precision=args.precision)
+                     zoom_in_tiles=args.zoom_in_tiles, label_consistency=args.label_consistency,
+                     label_consistency_views=args.label_consistency_views, rgb_range=args.rgb_range,
+                     precision=args.precision)

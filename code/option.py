@@ -29,6 +29,7 @@ from option_types import (
     parse_rdn_config,
     parse_scales,
     parse_steps,
+    parse_view_names,
     parse_views,
     pixel_range,
     positive,
@@ -146,6 +147,8 @@ def make_parser() -> Parser:
     group.add_argument("--group", type=size, help="number of groups of the grouped convolutions (CARN: 1, CARN_M: 4)")
     group.add_argument("--multi_scale", type=parse_scales,
                        help="scales of a multi-scale CARN, such as 2+3+4, one of which is --scale")
+    group.add_argument("--carn_variant", choices=("Ahn", "CSD"),
+                       help="CARN of its authors, or that of CSD's code, with fewer ReLUs and images in [0, 255]")
     group.add_argument("--depths", type=parse_numbers,
                        help="number of transformer layers in each residual group, such as [6,6,6,6] (SwinIR)")
     group.add_argument("--num_heads", type=parse_numbers,
@@ -188,12 +191,16 @@ def make_parser() -> Parser:
                        help="additional weighted inputs made from each batch, such as 1*zoom_in+1*zoom_out. zoom_in: crops "
                             "of HR, as large as LR, without ground truth; zoom_out: downscaled LR, with LR as ground truth")
     group.add_argument("--n_zoom_in", type=repeats, default=1, help="number of zoom_in crops per image")
+    group.add_argument("--zoom_in_tiles", choices=("image", "batch"), default="image",
+                       help="draw the zoom_in crops for each image, or once for all images of a batch, as in DUKD's code")
     group.add_argument("--view_terms", type=parse_names, default="",
                        help="terms A+B of the loss to compute on the inputs of --upcycle (default: all that compare no "
                             "feature maps; terms that need ground truth are omitted where there is none)")
     group.add_argument("--label_consistency", type=probability, default=0,
                        help="probability of each of four transforms (colour inversion, horizontal flip, vertical flip, "
                             "transpose) of the student's input, which are undone on its output; DUKD: 0.3")
+    group.add_argument("--label_consistency_views", type=parse_view_names, default="all",
+                       help="inputs that --label_consistency transforms, such as original+zoom_in; DUKD: zoom_in")
     group.add_argument("--cache_teacher", action="store_true",
                        help="compute the teacher's output once for each whole training image, keep it in the data cache (6 "
                             "bytes per HR pixel), and train with crops of it, instead of running the teacher on each crop. "
@@ -233,6 +240,8 @@ def make_parser() -> Parser:
     group.add_argument("--nce_patch_size", type=size, default=48, help="side of the patches in HR pixels (NCE)")
     group.add_argument("--gan_type", choices=("GAN", "LSGAN", "RGAN", "WGAN", "WGAN_GP"), default="GAN",
                        help="adversarial loss (GAN)")
+    group.add_argument("--gan_net", choices=("srgan", "unet"), default="srgan",
+                       help="discriminator (GAN): srgan, a score of each image; unet, a score of each pixel, as in MCADKD")
     group.add_argument("--gan_k", type=repeats, default=1, help="discriminator steps per iteration (GAN)")
     group.add_argument("--gan_lr", type=positive_number, default=1e-4, help="learning rate of the discriminator (GAN)")
 
@@ -257,7 +266,10 @@ def make_parser() -> Parser:
     group.add_argument("--betas", type=parse_betas, default="0.9,0.999", help="betas of ADAM")
     group.add_argument("--epsilon", type=positive_number, default=1e-8, help="epsilon of ADAM and RMSprop")
     group.add_argument("--weight_decay", type=not_negative, default=0, help="weight decay (L2 penalty)")
-    group.add_argument("--gclip", type=not_negative, default=0, help="maximum norm of the gradient; 0 does not clip it")
+    group.add_argument("--gclip", type=not_negative, default=0,
+                       help="maximum absolute value of each element of the gradient, as in EDSR; 0 does not clip it")
+    group.add_argument("--grad_norm", type=not_negative, default=0,
+                       help="maximum norm of the gradient; 0 does not clip it")
     group.add_argument("--ema", type=fraction, default=0,
                        help="decay of the exponential moving average of the student's weights, which is then tested and "
                             "saved in their place (DUKD, DCKD: 0.999); 0 disables it")
@@ -377,11 +389,19 @@ def convert_weights(loss: str, factor: float) -> str:
 
 def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with one line and status 2 where flags contradict each other."""
-    for name in ("n_zoom_in", "view_terms"):
+    for name in ("n_zoom_in", "zoom_in_tiles", "view_terms"):
         if name in args.given and not args.upcycle:
             parser.error(f"--{name} applies to the inputs of --upcycle, which is not given: give both")
-    if "n_zoom_in" in args.given and "zoom_in" not in [name for _, name in args.upcycle]:
-        parser.error("--n_zoom_in is the number of zoom_in crops, but --upcycle does not contain zoom_in")
+    for name in ("n_zoom_in", "zoom_in_tiles"):
+        if name in args.given and "zoom_in" not in [view for _, view in args.upcycle]:
+            parser.error(f"--{name} applies to the zoom_in crops, but --upcycle does not contain zoom_in")
+    transformed, given = set(args.label_consistency_views), {"label_consistency", "label_consistency_views"} & args.given
+    absent = transformed - {"all", "original", *(name for _, name in args.upcycle)}
+    if "label_consistency_views" in given and not args.label_consistency:
+        parser.error("--label_consistency_views names inputs for --label_consistency, which is not given: give both")
+    if given and absent:
+        parser.error(f"--label_consistency_views {'+'.join(args.label_consistency_views)}: --upcycle does not contain "
+                     f"{' and '.join(sorted(absent))}")
     if args.cache_teacher and args.ext == "img":
         parser.error("--cache_teacher needs the data cache, which --ext img disables: give one of them")
     if args.cache_teacher and args.width_mult:

@@ -253,6 +253,15 @@ def parse_views(string: str) -> list[tuple[float, str]]:
     return [(weight, name) for weight, name in views if weight]
 
 
+def parse_view_names(string: str) -> list[str]:
+    """Parse 'original+zoom_in' as ['original', 'zoom_in'], and 'all' as ['all']."""
+    names = parse_once(string)
+    unknown = next((name for name in names if name not in ("original", *VIEWS)), None)
+    if unknown and names != ["all"]:
+        raise argparse.ArgumentTypeError(f"there is no view {unknown}; there are original, {', '.join(VIEWS)}, or all")
+    return names
+
+
 # ---- paths
 
 def expanded(name: str, value: str | list[str]) -> str | list[str]:

@@ -132,9 +132,12 @@ class Trainer:
         self.last_lr = inputs.lr
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.args, self.iteration)
-        if self.args.gclip:
+        if self.args.gclip or self.args.grad_norm:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.args.gclip)
+        if self.args.gclip:
+            torch.nn.utils.clip_grad_value_(self.student.parameters(), self.args.gclip)
+        if self.args.grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.args.grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema:
@@ -153,8 +156,8 @@ class Trainer:
             if distributed.rank():
                 sys.exit(2)  # as all ranks do; rank 0 reports it
             raise UserError(f"the loss is not finite at iteration {self.iteration}: {self.format_terms(self.sums)}; the "
-                            f"last checkpoints are in {self.experiment.folder}; try a lower --lr, --gclip, or --precision "
-                            "single")
+                            f"last checkpoints are in {self.experiment.folder}; try a lower --lr, --grad_norm, or "
+                            "--precision single")
 
     @torch.no_grad()
     def check_weights(self) -> None:
@@ -164,7 +167,8 @@ class Trainer:
         outputs = [self.distiller.run(net, self.last_lr, features=False).sr for net in nets if self.last_lr is not None]
         if not all(x.isfinite().all() for x in [*outputs, *self.loss.parameters()]):
             raise UserError(f"after the update of iteration {self.iteration} the outputs are not finite (terms of the "
-                            f"loss, summed over the epoch: {self.format_terms(self.sums)}); try a lower --lr, or --gclip")
+                            f"loss, summed over the epoch: {self.format_terms(self.sums)}); try a lower --lr, or "
+                            "--grad_norm")
 
     def format_terms(self, values: torch.Tensor) -> str:
         """Format the sum of the terms and each of them."""

@@ -5,14 +5,16 @@ import pytest
 import torch
 
 from conftest import GOLDEN
-from model import CheckpointError, carn, imdn, load_model, rdn, save_header
+from model import CheckpointError, carn, imdn, inherit, load_model, rdn, save_header
 from model.carn import CARN, CARN_M
 from model.imdn import IMDN
 from model.layout import recognise
 from model.rdn import RDN
+from system.errors import UserError
 
 LAYOUTS = {"carn": carn.LAYOUTS, "carn_m": carn.LAYOUTS_M, "rdn": rdn.LAYOUTS, "imdn": imdn.LAYOUTS}
-OWN = {"carn_x2": "carn", "carn_m_multi_x2": "carn_m", "carn_m_multi_x4": "carn_m", "rdn_A_x2": "rdn", "imdn_x2": "imdn"}
+OWN = {"carn_x2": "carn", "carn_m_multi_x2": "carn_m", "carn_m_multi_x4": "carn_m", "rdn_A_x2": "rdn", "imdn_x2": "imdn",
+       "csd_carn_x2": "carn"}
 NETWORK = {"CARN": CARN, "CARN_M": CARN_M, "RDN": RDN, "IMDN": IMDN}
 MULTI = (2, 3, 4)
 SMALL = [  # name, arguments
@@ -48,7 +50,8 @@ def test_agrees_with_the_authors(golden, name):
         sr, feature_maps = net(x, features=True)
         net.rgb_range, factor = 255, 255 / net.rgb_range
         assert torch.allclose(net(x * factor), sr * factor, rtol=1e-4, atol=0.05)
-    assert (sr - arrays["output"]).abs().max() <= 2e-4 * arrays["output"].abs().max()
+    expected = arrays["width_1" if name.startswith("csd") else "output"]
+    assert (sr - expected).abs().max() <= 2e-4 * expected.abs().max()
     assert [list(one.shape) for one in feature_maps] == [[len(x), net.n_feats, *x.shape[2:]]] * 4
     assert parameters(net) == about["params"]
 
@@ -107,6 +110,26 @@ def test_error_for_an_incomplete_file_names_file_and_parameter(golden, tmp_path)
         load_model(tmp_path / "broken.pth")
 
 
+def test_csds_carn_is_not_ahns_and_its_files_say_which(golden, tmp_path):
+    path, x, arrays, _ = golden("csd_carn_x2")
+    net = load_model(path)
+    torch.save({**save_header(net), "params": net.state_dict()}, tmp_path / "own.pt")
+    torch.save(net.state_dict(), tmp_path / "bare.pt")
+    for file in (path, tmp_path / "own.pt", tmp_path / "bare.pt"):
+        loaded = load_model(file)
+        assert loaded.config["carn_variant"] == "CSD" and torch.equal(loaded(x), net(x))
+        with pytest.raises(CheckpointError, match="holds CARN with carn_variant CSD, not Ahn"):
+            load_model(file, carn_variant="Ahn")
+    ahn = CARN(2)
+    ahn.load_state_dict({name: net.state_dict().get(name, value) for name, value in ahn.state_dict().items()})
+    with torch.no_grad():
+        assert (ahn(x) - arrays["width_1"]).abs().max() > 0.05 * arrays["width_1"].abs().max()
+    with pytest.raises(UserError, match="the student's carn_variant is Ahn, the teacher's CSD"):
+        inherit(CARN(2, n_feats=8), net)
+    with pytest.raises(CheckpointError, match="holds CARN with carn_variant Ahn, not CSD"):
+        load_model(golden("carn_x2")[0], carn_variant="CSD")
+
+
 def test_file_of_several_scales_needs_one(golden):
     path, *_ = golden("carn_m_multi_x2")
     with pytest.raises(CheckpointError, match=r"x2, x3, x4: choose one with --scale"):
@@ -131,10 +154,11 @@ def test_another_scale_than_the_files_is_refused(golden):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: CARN(8, multi_scale=MULTI), lambda: CARN_M(2, n_feats=6), lambda: RDN(2, RDNconfig="C"),
+    lambda: CARN(8, multi_scale=MULTI), lambda: CARN(2, carn_variant="M"),
+    lambda: CARN_M(2, n_feats=6), lambda: RDN(2, RDNconfig="C"),
     lambda: RDN(2, RDNconfig="16,0,64"), lambda: RDN(2, RDNkSize=4), lambda: IMDN(2, n_feats=8)])
 def test_impossible_sizes(make):
-    with pytest.raises(ValueError, match=r"scale 8|6 .* 4 groups|D,C,G|even|16 or more"):
+    with pytest.raises(ValueError, match=r"scale 8|6 .* 4 groups|D,C,G|even|16 or more|Ahn, CSD"):
         make()
 
 

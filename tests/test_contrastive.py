@@ -103,7 +103,7 @@ def test_CSD_is_the_contrast_of_VGG_features(make_loss, shared):
     step, chosen = make_step(), torch.tensor([[1, 2, 0], [2, 0, 1]])  # of 2 out of 2 the order alone is random
     args = option.parse(["--feature_net", "random"])
     net = shared.get("vgg") or vgg.shared_vgg(loss.Context(args, None, [], shared=shared))
-    upsampled = F.interpolate(step.lr, scale_factor=2, mode="bicubic", antialias=True)
+    upsampled = F.interpolate(step.lr, scale_factor=2, mode="bicubic")  # neither antialias nor a = -0.5, as in CSD's code
     for d_func, function in (("L1", contrast_l1), ("cos", contrast_cos)):
         expected = function(net(step.student.sr), net(step.teacher.sr), net(upsampled), chosen)
         step.cache.clear()

@@ -1,7 +1,9 @@
 """GAN: each kind's losses against plain formulas, who learns from what, and that a run with it resumes exactly."""
+import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,10 +12,11 @@ import checkpoint
 import loss
 import option_types
 from checkpoint import save_model
-from conftest import ROOT  # noqa: F401 - puts the code on the path
+from conftest import GOLDEN, golden_parameters
 from loss import adversarial
-from loss.adversarial import discriminator_loss, generator_loss, gradient_penalty, make_discriminator
+from loss.adversarial import UNetDiscriminator, discriminator_loss, generator_loss, gradient_penalty, make_discriminator
 from model.edsr import EDSR
+from system.errors import UserError
 
 KINDS = "GAN", "LSGAN", "RGAN", "WGAN", "WGAN_GP"
 
@@ -24,10 +27,11 @@ def small(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(adversarial, "WIDTHS", (6, 8))
     monkeypatch.setattr(adversarial, "HIDDEN", 10)
+    monkeypatch.setitem(adversarial.DISCRIMINATORS, "unet", lambda: UNetDiscriminator(4))
 
 
 def make_loss(string="1*GAN", **flags):
-    defaults = dict(gan_type="GAN", gan_k=1, gan_lr=1e-3, rgb_range=255)
+    defaults = dict(gan_type="GAN", gan_k=1, gan_lr=1e-3, rgb_range=255, gan_net="srgan", patch_size=24)
     return loss.build_loss(string, loss.Context(SimpleNamespace(**{**defaults, **flags}), None, []))
 
 
@@ -214,6 +218,99 @@ def test_any_size_of_image_has_a_score(monkeypatch):
         assert score.shape == (2, 1) and torch.isfinite(score).all()
 
 
+# ---- MCADKD's discriminator, against the authors' own
+
+@pytest.fixture
+def unet():
+    """A GAN term whose discriminator has the golden parameters; u and v are those of the npz."""
+    keys = json.loads((GOLDEN / "unet_discriminator_sn.json").read_text())["keys"]
+    with np.load(GOLDEN / "unet_discriminator_sn.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file}
+    term = make_loss(gan_net="unet", rgb_range=1).terms["GAN"]
+    term.discriminator = UNetDiscriminator(16)
+    estimates = {name: array for name, array in arrays.items() if name.endswith(("_u", "_v"))}
+    term.discriminator.load_state_dict({**golden_parameters(keys), **estimates})
+    return term, arrays["output"]
+
+
+def uniform(seed, low, high, *shape):
+    return torch.tensor(np.random.RandomState(seed).uniform(low, high, shape), dtype=torch.float32)
+
+
+def test_the_unet_agrees_with_the_authors(unet):
+    net, expected = unet[0].discriminator.eval(), unet[1]
+    with torch.no_grad():
+        found = net(uniform(1234, 0, 1, 2, 3, 40, 32))
+    assert found.shape == (2, 1, 40, 32) and (found - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
+def test_the_unet_has_the_authors_parameters():
+    with torch.device("meta"):
+        net = UNetDiscriminator()
+    shapes = json.loads((GOLDEN / "unet_discriminator_sn.json").read_text())["keys"].keys()
+    assert net.state_dict().keys() == shapes
+    assert sum(p.numel() for p in net.parameters()) == 4_376_897
+
+
+@pytest.mark.parametrize("order", ["eval", "published_order"])
+def test_losses_of_the_unet_are_mcadkds(unet, order):
+    published = json.loads((GOLDEN / "published_losses.json").read_text())["GAN_vanilla"][order]
+    term, net = unet[0], unet[0].discriminator
+    real, fake = uniform(620, 0, 1, 2, 3, 48, 40), uniform(621, 0.2, 0.6, 2, 3, 48, 40).requires_grad_()
+    net.train(order == "published_order")
+    scores = net(real), net(fake.detach())
+    assert [x.mean().item() for x in scores] == pytest.approx([published["mean_score_real"], published["mean_score_fake"]],
+                                                              rel=1e-4)
+    value = 0.5 * discriminator_loss("GAN", *scores)
+    value.backward()
+    assert value.item() == pytest.approx(published["discriminator"], rel=1e-4)
+    for name, norm in published["grad_norm_discriminator"].items():
+        assert net.get_parameter(name).grad.norm().item() == pytest.approx(norm, rel=1e-3), name
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    value = term(make_step(real, fake))
+    value.backward()
+    assert value.item() == pytest.approx(published["generator"], rel=1e-4)
+    assert fake.grad.norm().item() == pytest.approx(published["grad_norm_generator_fake"], rel=1e-3)
+    assert all(torch.equal(before[name], buffer) for name, buffer in net.named_buffers())
+
+
+def test_an_update_is_two_power_iterations_of_the_unet(unet):
+    published = json.loads((GOLDEN / "published_losses.json").read_text())["GAN_vanilla"]["published_order"]
+    term, net = unet[0], unet[0].discriminator
+    weight = net.conv1.weight_orig.detach().flatten(1).clone()
+    term.update(make_step(uniform(620, 0, 1, 2, 3, 48, 40), uniform(621, 0.2, 0.6, 2, 3, 48, 40)))
+    sigma = net.conv1.weight_u @ weight @ net.conv1.weight_v
+    assert sigma.item() == pytest.approx(published["conv1_sigma_after"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_unet_learns_to_separate_and_goes_on_exactly(tmp_path, kind):
+    def make():
+        return make_loss(gan_net="unet", gan_type=kind, gan_lr=3e-3)
+
+    def update(net, seed):
+        torch.manual_seed(seed)
+        fake = 255 * torch.rand(8, 3, 12, 10)
+        net.update(make_step(fake.mean((2, 3), keepdim=True).expand_as(fake), fake))
+    net = make()
+    for step in range(30):
+        if step == 15:
+            torch.save(net.state_dict(), tmp_path / "loss.pt")
+        update(net, step)
+    again = make()
+    again.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
+    for step in range(15, 30):
+        update(again, step)
+    assert_same(net.state_dict(), again.state_dict())
+    noise, discriminator = torch.rand(8, 3, 12, 10), net.terms["GAN"].discriminator
+    assert discriminator(noise.mean((2, 3), keepdim=True).expand_as(noise)).mean() > discriminator(noise).mean()
+
+
+def test_images_too_small_for_the_unet_are_refused():
+    with pytest.raises(UserError, match="--gan_net unet needs images of 8 pixels or more, those of --patch_size 6"):
+        make_loss(gan_net="unet", patch_size=6)
+
+
 # ---- state
 
 def test_state_of_discriminator_and_its_optimiser_goes_on_exactly(tmp_path):
@@ -297,9 +394,10 @@ def test_a_run_with_nce_and_gan_resumes_exactly(run_main, flags, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_trains(run_main, flags, tmp_path, kind):
-    status, out, _ = run_main("train", f"{flags} --gan_type {kind} --gan_k 2 --gan_lr 1e-3 --epochs 1 --test_every 4 "
-                              f"--ckp_dir {tmp_path / 'run'}")
+@pytest.mark.parametrize("net", ["srgan", "unet"])
+def test_every_kind_trains(run_main, flags, tmp_path, kind, net):
+    status, out, _ = run_main("train", f"{flags} --gan_type {kind} --gan_net {net} --gan_k 2 --gan_lr 1e-3 --epochs 1 "
+                              f"--test_every 4 --ckp_dir {tmp_path / 'run'}")
     assert status == 0 and any("NCE" in line and "GAN" in line for line in out)
 
 

@@ -19,9 +19,11 @@ from checkpoint import save_model
 from conftest import ROOT
 from loss import vgg, vqgan
 from model import CheckpointError, load_model, load_with_flags, make_model, roles, teachers
+from model.carn import CARN
 from model.edsr import EDSR
 from model.loading import read_checkpoint
 from model.rcan import RCAN
+from model.san import SAN
 from model.swinir import SwinIR
 from released import files_of
 from system.errors import UserError
@@ -110,14 +112,30 @@ def test_half_precision_becomes_single(net, save):
     assert torch.allclose(loaded.head[0].weight, net.head[0].weight, atol=1e-3)
 
 
+@pytest.mark.parametrize("make", [lambda: RCAN(2, n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4),
+                                  lambda: SAN(2, n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4),
+                                  lambda: EDSR(2, n_resblocks=1, n_feats=8), lambda: CARN(2, n_feats=8)])
+def test_mean_shifts_are_constant_and_those_of_the_file(save, make):
+    net = make()
+    shifts = {name for name, _ in net.named_parameters() if "_mean." in name}
+    assert len(shifts) == 4
+    state = {name: value + 1 if name in shifts else value for name, value in net.state_dict().items()}
+    loaded = load_model(save(state))
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, state[name]) and parameter.requires_grad == (name not in shifts)
+
+
 def test_means_may_be_missing(net, save):
     state = {name: value for name, value in net.state_dict().items() if not name.startswith(("sub_mean", "add_mean"))}
     assert same_weights(load_model(save(state)), net)
 
 
-@pytest.mark.parametrize("n_feats, expected", [(64, 1.0), (256, 0.1)])
-def test_res_scale_of_a_foreign_file_follows_its_width(save, n_feats, expected):
-    state = EDSR(2, n_resblocks=1, n_feats=n_feats, res_scale=7).state_dict()
+@pytest.mark.parametrize("n_resblocks, n_feats, expected", [  # of 16 and 32 blocks: EDSR's, FAKD's, DUKD's, CSD's
+    (16, 64, 1.0), (32, 64, 0.1), (32, 128, 0.1), (16, 256, 1.0), (1, 64, 1.0), (1, 256, 0.1)])
+def test_res_scale_of_a_foreign_file_follows_its_depth(save, n_resblocks, n_feats, expected):
+    state = EDSR(2, n_resblocks, 8, res_scale=7).state_dict()
+    state = {name: torch.zeros([n_feats if size == 8 else 4 * n_feats if size == 32 else size for size in value.shape])
+             for name, value in state.items()}
     path = save(state)
     assert load_model(path).body[0].res_scale == expected
     assert load_model(path, res_scale=0.5).body[0].res_scale == 0.5

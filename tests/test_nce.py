@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import loss
-from conftest import GOLDEN
+from conftest import GOLDEN, golden_parameters
+from loss import nce
 from loss.nce import crop, draw_places, info_nce
 from system.errors import UserError
 
+PUBLISHED = json.loads((GOLDEN / "published_losses.json").read_text())  # of MCADKD's own code
 MCADKD = json.loads((GOLDEN / "losses_and_metrics.json").read_text())["MCADKD"]
 
 
@@ -47,6 +49,37 @@ def test_info_nce_agrees_with_the_authors(denominator, key):
     rows = [torch.from_numpy(np.random.RandomState(k).standard_normal((8, 32)).astype(np.float32)) for k in (300, 301)]
     student, teacher = (F.normalize(x, dim=1) for x in rows)
     assert info_nce(student, teacher, 0.07, "all", denominator).item() == pytest.approx(MCADKD[key], rel=1e-5)
+
+
+@pytest.mark.parametrize("key, taus", [("tau_0.07", (0.07, 0.07)), ("tau_image_0.1_tau_patch_0.05", (0.1, 0.05))])
+def test_info_nce_of_mcadkd_with_a_temperature_for_images_and_one_for_patches(key, taus):
+    published = PUBLISHED["MCADKD_hybrid_fixed_embeddings"][key]
+    total = 0
+    for kind, first, shape, share, tau in (("image", 600, (8, 256), 0.3, taus[0]), ("patch", 602, (64, 256), 0.7, taus[1])):
+        rows = [np.random.RandomState(first + k).standard_normal(shape) for k in range(2)]
+        student, teacher = (F.normalize(torch.tensor(x, dtype=torch.float32)) for x in (rows[0], 0.5 * rows[0] + rows[1]))
+        temperature = torch.tensor(tau, requires_grad=True)
+        value = info_nce(student.requires_grad_(), teacher, temperature, "all")
+        assert value.item() == pytest.approx(published[kind], rel=1e-4)
+        (share * value).backward()
+        assert temperature.grad.item() == pytest.approx(published[f"d_total_d_tau_{kind}"], rel=1e-4)
+        total += share * value.item()
+        if kind == "image":
+            assert student.grad.norm().item() == pytest.approx(published["grad_norm_student_image_embeddings"], rel=1e-4)
+    assert total == pytest.approx(published["total"], rel=1e-4)
+
+
+def test_the_term_agrees_with_mcadkd_on_images(monkeypatch):
+    about = PUBLISHED["MCADKD_hybrid_from_images"]
+    net = make_loss(nce_mining="all", nce_patches=8, nce_patch_size=48, rgb_range=1, patch_size=96).terms["NCE"]
+    for kind, keys in (("image", "proj_keys"), ("patch", "patch_proj_keys")):
+        net.embeddings[kind].load_state_dict(golden_parameters(about[keys]))
+    teacher = np.kron(np.random.RandomState(610).uniform(0, 1, (4, 3, 3, 3)), np.ones((32, 32)))
+    student = np.clip(teacher + 0.1 * np.random.RandomState(611).standard_normal((4, 3, 96, 96)), 0, 1)
+    places = torch.tensor(about["crops_student"]).view(4, 8, 3)
+    monkeypatch.setattr(nce, "draw_places", lambda *_: (places[:, :, 1], places[:, :, 2]))
+    value = net(make_step(*(torch.tensor(x, dtype=torch.float32) for x in (student, teacher))))
+    assert value.item() == pytest.approx(about["same_place"]["total"], rel=1e-4)
 
 
 def plain_info_nce(student, teacher, temperature, mining, denominator):
@@ -209,11 +242,13 @@ def test_images_of_reduced_precision_are_embedded_in_float32():
 
 def test_embeddings_and_temperature_learn():
     net, step = make_loss(), make_step(*(x.requires_grad_() for x in images(4, 3, 12, 12)))
-    names = {f"terms.NCE.{name}" for name in ("log_temperature", "embeddings.image.0.weight", "embeddings.image.4.weight",
-                                              "embeddings.patch.0.weight", "embeddings.patch.6.bias")}
+    names = {f"terms.NCE.{name}" for name in (
+        "log_temperatures.image", "log_temperatures.patch", "embeddings.image.0.weight", "embeddings.image.4.weight",
+        "embeddings.patch.0.weight", "embeddings.patch.6.bias")}
     before = {name: value.clone() for name, value in net.state_dict().items()}
     assert names <= set(before) and len(net.trainable_parameters()) == len(before)
-    assert before["terms.NCE.log_temperature"].exp().item() == pytest.approx(0.07)
+    assert [before[f"terms.NCE.log_temperatures.{kind}"].exp().item() for kind in ("image", "patch")] == 2 * [
+        pytest.approx(0.07)]
     optimizer, values = torch.optim.Adam(net.trainable_parameters(), 1e-3), []
     for _ in range(12):
         optimizer.zero_grad()
@@ -230,7 +265,7 @@ def test_embeddings_and_temperature_learn():
 def test_the_temperature_stays_positive():
     net = make_loss(nce_type="image")
     teacher, = images(4, 3, 12, 12, count=1)
-    step, temperature = make_step(teacher, teacher), net.terms["NCE"].log_temperature
+    step, temperature = make_step(teacher, teacher), net.terms["NCE"].log_temperatures["image"]
     optimizer = torch.optim.SGD([temperature], 1000)  # the positive is the best: the loss falls as long as tau does
     for _ in range(3):
         optimizer.zero_grad()

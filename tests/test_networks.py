@@ -22,4 +22,5 @@ def test_agrees_with_the_authors(golden, name):
         if f"feature{index}" in arrays:
             assert torch.allclose(feature_maps[index], arrays[f"feature{index}"], rtol=1e-4, atol=1e-4)
     if "params" in about:
-        assert sum(p.numel() for p in net.parameters() if p.requires_grad) == about["params"]
+        shifts = 24 if name in ("rcan_x2", "rcan_x4") else 0  # trained in the code of RCAN's authors, constant here
+        assert sum(p.numel() for p in net.parameters() if p.requires_grad) == about["params"] - shifts

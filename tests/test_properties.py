@@ -233,7 +233,7 @@ def test_every_draw_can_be_applied_and_undone(number, height, width, p, seed):
     def forward(inputs):
         return [Output(without_orientation(x), [x]) for x in inputs]
 
-    for output, x in zip(consistency.with_label_consistency(forward, images, p, 255), images):
+    for output, x in zip(consistency.with_label_consistency(forward, images, len(images) * [p], 255), images):
         assert torch.equal(output.sr, without_orientation(x)) and output.features[0].shape == x.shape
 
 

@@ -70,7 +70,7 @@ def test_a_new_network(monkeypatch, tmp_path):
 def test_a_new_view(monkeypatch):
     module = module_of("Add a view", "blurred_view", monkeypatch)
     monkeypatch.setitem(data.views.MAKERS, "blurred", module.blurred)
-    args = types.SimpleNamespace(patch_size=16, scale=2, upcycle=[(0.5, "blurred")], n_zoom_in=1)
+    args = types.SimpleNamespace(patch_size=16, scale=2, upcycle=[(0.5, "blurred")], n_zoom_in=1, zoom_in_tiles="image")
     (view,) = plan(args)
     assert (view.name, view.has_hr, view.side) == ("blurred", True, 16)
     lr, hr = torch.full((2, 3, 8, 8), 7, dtype=torch.uint8), torch.zeros(2, 3, 16, 16, dtype=torch.uint8)

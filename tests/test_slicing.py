@@ -4,6 +4,7 @@ import torch
 
 from checkpoint import save_model
 from model import NETWORKS, inherit, load_model, slim
+from model.imdn import IMDN
 from model.slicing import evenly_spaced, narrow_network
 from system.errors import UserError
 from test_training import SIZES, assert_same_weights, flags  # noqa: F401 - a fixture
@@ -15,7 +16,6 @@ NETS = {
     "SwinIR": dict(depths=[2], n_feats=16, num_heads=[2], window_size=4),
     "CARN": dict(n_feats=16),
     "RDN": dict(G0=16, RDNconfig="2,2,8"),
-    "IMDN": dict(n_feats=64, n_modules=2),
 }
 
 
@@ -32,12 +32,13 @@ def build(name):
 
 
 @pytest.mark.parametrize("width", [1, 0.5, 0.25])
-@pytest.mark.parametrize("name", ["csd_edsr_x2", "csd_edsr_x4"])
+@pytest.mark.parametrize("name", ["csd_edsr_x2", "csd_edsr_x4", "csd_rcan_x2", "csd_carn_x2"])
 def test_a_slice_agrees_with_the_authors(golden, name, width):
     path, x, arrays, about = golden(name)
-    net = load_model(path, res_scale=about["config"]["res_scale"])
+    override = {"res_scale": about["config"].get("res_scale")}
+    net = load_model(path, **override)
     expected = arrays[f"width_{width:g}"]
-    copied = load_model(path, res_scale=about["config"]["res_scale"], width_mult=width)
+    copied = load_model(path, **override, width_mult=width)
     with torch.no_grad():
         for student in (slim(net, width), copied):
             assert (student(x) - expected).abs().max() <= 2e-4 * expected.abs().max()
@@ -53,6 +54,14 @@ def test_every_network_can_be_sliced(name):
     copy = inherit(narrow_network(net, 0.5), net)
     assert torch.allclose(copy(x), sr, atol=1e-3)
     assert sum(p.numel() for p in copy.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+def test_imdn_cannot_be_sliced(run_main, tmp_path):
+    save_model(IMDN(2, n_feats=32, n_modules=1), tmp_path / "imdn.pt")
+    line = f"--cpu --scale 2 --width_mult 0.5 --ckp_path {tmp_path / 'imdn.pt'} --data_test Demo --dir_demo {tmp_path}"
+    status, _, err = run_main("test", line)
+    assert status == 2 and err == ["error: --width_mult: IMDN cannot be sliced, since its blocks divide their channels; "
+                                   "train a narrower one with --n_feats"]
 
 
 def test_a_slice_shares_storage_and_its_gradient_reaches_only_its_channels():

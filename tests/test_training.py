@@ -14,6 +14,7 @@ from conftest import ROOT
 from model import load_model
 from model.edsr import EDSR
 from model.rcan import RCAN
+from test_distributed import make_trainer
 
 SIZES = dict(n_resgroups=2, n_resblocks=1, n_feats=8, reduction=4)
 TINY = "--model RCAN --scale 2 --patch_size 24 --batch_size 4 --cpu " + "".join(f"--{k} {v} " for k, v in SIZES.items())
@@ -83,6 +84,23 @@ def test_other_optimisers_and_step_decay(run_main, flags, tmp_path, optimizer):
                             "--epochs 3 --test_every 2 --gclip 1 --weight_decay 1e-4")
     assert status == 0
     assert [float(row["lr"]) for row in rows(tmp_path / "run" / "loss.csv")] == pytest.approx([1e-6, 1e-7, 1e-8])
+
+
+@pytest.mark.parametrize("flag", ["", "--gclip 1e-4", "--grad_norm 1e-3", "--gclip 1e-4 --grad_norm 1e-3"])
+def test_gclip_clips_values_and_grad_norm_the_norm(flag):
+    trainer = make_trainer(f"--loss 1*DS --lr 1 --momentum 0 {flag}")
+    weights = [weight for weight in trainer.student.parameters() if weight.requires_grad]
+    lr, hr = (torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8) for side in (16, 32))
+    gradients = torch.autograd.grad(trainer.distiller(lr, hr)[0], weights)
+    before = [weight.detach().clone() for weight in weights]
+    if "gclip" in flag:
+        gradients = [x.clamp(-1e-4, 1e-4) for x in gradients]
+    norm = torch.cat([x.flatten() for x in gradients]).norm().item()
+    factor = min(1, 1e-3 / norm) if "grad_norm" in flag else 1
+    assert norm > 0.002
+    trainer.step(lr, hr)
+    for weight, old, gradient in zip(weights, before, gradients):
+        assert torch.allclose(weight, old - factor * gradient, rtol=1e-4, atol=2e-7)
 
 
 def test_the_range_of_the_images_scales_the_loss_and_nothing_else(run_main, flags, tmp_path):

@@ -28,7 +28,7 @@ def parse(line=""):
 
 def views_of(lr, hr, line):
     args = parse(line)
-    return make_views(lr, hr, args.scale, args.upcycle, args.n_zoom_in)
+    return make_views(lr, hr, args.scale, args.upcycle, args.n_zoom_in, args.zoom_in_tiles)
 
 
 def batch(scale=2, count=3, side=8, seed=0):
@@ -72,6 +72,19 @@ def test_zoom_in_gives_different_tiles_of_the_grid_of_each_image(scale, count):
         assert len(set(places)) == count
 
 
+def test_tiles_of_a_batch_are_the_same_for_all_images():
+    lr, hr = batch(3, count=5)
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(20):
+        _, view = views_of(lr, hr, "--scale 3 --upcycle zoom_in --n_zoom_in 2 --zoom_in_tiles batch")
+        places = [[torch.equal(hr[k // 2, :, y:y + 8, x:x + 8], crop) for y in (0, 8, 16) for x in (0, 8, 16)].index(True)
+                  for k, crop in enumerate(view.lr)]
+        assert places == 5 * places[:2] and places[0] != places[1]
+        seen.update(places)
+    assert len(seen) == 9
+
+
 def test_every_tile_is_chosen_as_often():
     lr, hr = batch(2, count=400)
     torch.manual_seed(0)
@@ -80,14 +93,30 @@ def test_every_tile_is_chosen_as_often():
     assert sum(counts) == 400 and all(70 < count < 130 for count in counts)
 
 
-@pytest.mark.parametrize("scale, side", [(2, 8), (3, 8), (4, 9)])
-def test_zoom_out_shows_LR_downscaled_and_asks_for_LR(scale, side):
+@pytest.mark.parametrize("scale, side", [(2, 8), (3, 13), (4, 18)])
+def test_zoom_out_downscales_LR_without_rounding_as_published_and_its_ground_truth_is_LR(scale, side):
     lr, hr = batch(scale, side=side)
+    lr[0] = 255 * (torch.arange(side) >= side // (2 * scale) * scale)  # an edge, where the kernel overshoots
     _, view = views_of(lr, hr, f"--scale {scale} --upcycle zoom_out")
-    assert view.hr.shape[2:] == (view.lr.shape[2] * scale, view.lr.shape[3] * scale)
-    assert torch.equal(view.hr, lr[..., :side // scale * scale, :side // scale * scale])
-    for image, small in zip(lr, view.lr):
-        assert np.array_equal(degrade.downscale(image.permute(1, 2, 0).numpy(), scale), small.permute(1, 2, 0).numpy())
+    size = side // scale
+    assert view.hr.shape[2:] == (size * scale, size * scale) and view.lr.dtype == torch.float32
+    assert torch.equal(view.hr, lr[..., :size * scale, :size * scale])
+    matrix = imresize_matrix(size * scale, scale)
+    expected = matrix @ view.hr.double().numpy() @ matrix.T
+    assert np.abs(view.lr.numpy() - expected).max() < 1e-4 and expected.min() < 0 and expected.max() > 255
+
+
+def imresize_matrix(side, scale):
+    """The weights of MATLAB's imresize for side -> side / scale pixels: the bicubic kernel widened by the scale."""
+    matrix = np.zeros((side // scale, side))
+    for row in range(side // scale):
+        centre = (row + 0.5) * scale - 0.5
+        for pixel in range(-4 * scale, side + 4 * scale):
+            x = abs(centre - pixel) / scale
+            weight = (1.5 * x ** 3 - 2.5 * x ** 2 + 1 if x <= 1 else -0.5 * x ** 3 + 2.5 * x ** 2 - 4 * x + 2) * (x < 2)
+            reflected = pixel % (2 * side)
+            matrix[row, min(reflected, 2 * side - 1 - reflected)] += weight
+    return matrix / matrix.sum(1, keepdims=True)
 
 
 def test_without_upcycling_there_is_the_plain_view_alone():
@@ -112,7 +141,12 @@ def test_a_view_that_cannot_be_made_is_explained(line, words):
     ("--n_zoom_in 2", "--upcycle"),
     ("--view_terms DS", "--upcycle"),
     ("--upcycle zoom_out --n_zoom_in 2", "does not contain"),
+    ("--upcycle zoom_out --zoom_in_tiles batch", "does not contain"),
     ("--label_consistency 1.5", "0..1"),
+    ("--label_consistency_views original", "give both"),
+    ("--label_consistency 0.3 --label_consistency_views original+zoom", "there is no view zoom"),
+    ("--label_consistency 0.3 --label_consistency_views all+zoom_in", "there is no view all"),
+    ("--label_consistency 0.3 --upcycle zoom_out --label_consistency_views zoom_in", "does not contain zoom_in"),
 ])
 def test_mistaken_flags_get_a_line(line, words, capsys):
     with pytest.raises(SystemExit):
@@ -225,15 +259,31 @@ def repeat(x, features=False):
 def test_a_perturbed_input_is_mapped_back_on_output_and_maps():
     x = 255 * torch.rand(64, 3, 5, 5)
     torch.manual_seed(1)
-    found, = with_label_consistency(lambda inputs: [repeat(x, True) for x in inputs], [x], 0.5, 255)
+    found, = with_label_consistency(lambda inputs: [repeat(x, True) for x in inputs], [x], [0.5], 255)
     assert torch.allclose(found.sr, repeat(x).sr, atol=1e-4)
     torch.manual_seed(1)
     inverted = draw(x, 0.5)[:, 0]
     seen = torch.where(inverted.view(-1, 1, 1, 1), 255 - x, x)
     assert 10 < inverted.sum() < 54 and torch.allclose(found.features[0], seen.sqrt(), atol=1e-4)
     state = torch.get_rng_state()
-    found, = with_label_consistency(lambda inputs: list(map(repeat, inputs)), [x], 0, 255)
+    found, = with_label_consistency(lambda inputs: list(map(repeat, inputs)), [x], [0], 255)
     assert torch.equal(found.sr, repeat(x).sr) and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("views, expected", [
+    ("", "original zoom_in zoom_out"), ("--label_consistency_views zoom_in", "zoom_in"),
+    ("--label_consistency_views original+zoom_out", "original zoom_out")])
+def test_label_consistency_perturbs_the_students_inputs_of_the_named_views_alone(monkeypatch, views, expected):
+    student, net = EDSR(2, n_resblocks=1, n_feats=8), EDSR(2, n_resblocks=1, n_feats=8)
+    step = dukd.make_step(student, net, f"{STEP} --loss 1*DS+1*TS --upcycle zoom_in+zoom_out --label_consistency 1 {views}")
+    seen = {"student": [], "teacher": []}
+    for name, network in (("student", student), ("teacher", net)):
+        network.register_forward_pre_hook(lambda _, given, name=name: seen[name].extend(given[0]))
+    step(*batch(2, count=1))
+    perturbed = [not torch.equal(*pair) for pair in zip(seen["student"], seen["teacher"], strict=True)]
+    assert [name for name, is_so in zip(("original", "zoom_in", "zoom_out"), perturbed) if is_so] == expected.split()
+    for changed, clean in zip(seen["student"], seen["teacher"]):
+        assert torch.equal(changed, clean) or torch.equal(changed, (255 - clean).flip(1, 2).mT)
 
 
 # ---- the training step, against the reference implementation
@@ -245,23 +295,44 @@ def test_the_step_has_the_values_and_gradients_of_the_reference():
     torch.manual_seed(0)
     student, net = RCAN(2, **SMALL), EDSR(2, n_resblocks=2, n_feats=12)
     step = dukd.make_step(student, net, STEP + "--loss 5*DS+1*TS --upcycle 1*zoom_in+1*zoom_out --n_zoom_in 2 "
-                          "--label_consistency 0.5 --lr 1e-30")
+                          "--label_consistency 0.5 --label_consistency_views zoom_in --zoom_in_tiles batch --lr 1e-30")
     lr, hr = batch(2, count=4)
     torch.manual_seed(5)
     values = step(lr, hr)
-    found = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    found = {name: parameter.grad.clone() for name, parameter in student.named_parameters() if parameter.requires_grad}
 
     torch.manual_seed(5)
-    tiles = torch.multinomial(torch.ones(4, 4), 2)
-    operations = [draw(torch.zeros(count, 3, 8, 8), 0.5) for count in (4, 8, 4)]
+    tiles = torch.multinomial(torch.ones(4), 2).tolist()
+    operations = None, draw(torch.zeros(8, 3, 8, 8), 0.5), None
     net.requires_grad_(True)
     student.zero_grad()
-    total = sum(dukd.view_loss(student, net, *view, of_view, (5, 1))
+    total = sum(dukd.view_loss(student, net, *view, (5, 1), of_view)
                 for view, of_view in zip(dukd.make_views(lr, hr, 2, tiles), operations))
     total.backward()
     assert values.sum().item() == pytest.approx(total.item(), rel=1e-5)
-    for name, parameter in student.named_parameters():
-        assert (found[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
+    for name, value in found.items():
+        parameter = student.get_parameter(name)
+        assert (value - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
+
+
+def test_the_reference_updates_twice_and_keeps_the_first_gradient_for_the_second():
+    torch.manual_seed(0)
+    student, net = RCAN(2, **SMALL), EDSR(2, n_resblocks=1, n_feats=8)
+    lr, hr = batch(2, count=2)
+    operations, (original, zoom_in, zoom_out) = draw(torch.zeros(2, 3, 8, 8), 0.5), dukd.make_views(lr, hr, 2, [3])
+    weights = [weight for weight in student.parameters() if weight.requires_grad]
+    start = [weight.detach().clone() for weight in weights]
+    first = torch.autograd.grad(dukd.view_loss(student, net, *original, (5, 1)), weights)
+    with torch.no_grad():
+        torch._foreach_add_(weights, first, alpha=-1e-4)
+    views = dukd.view_loss(student, net, *zoom_in, (5, 1), operations) + dukd.view_loss(student, net, *zoom_out, (5, 1))
+    second = torch.autograd.grad(views, weights)
+    expected = [weight - 1e-4 * (a + b) for weight, a, b in zip(weights, first, second)]
+    with torch.no_grad():
+        torch._foreach_copy_(weights, start)
+    dukd.training_step(student, net, torch.optim.SGD(weights, 1e-4), lr, hr, [3], operations)
+    for weight, value in zip(weights, expected):
+        assert torch.allclose(weight, value, rtol=1e-5, atol=1e-6)
 
 
 def test_the_step_and_its_reference_reduce_the_loss_alike():

@@ -27,16 +27,17 @@ def upscale(image: np.ndarray, scale: int) -> np.ndarray:
     return _to_array(_resize(_to_batch(image), height * scale, width * scale, MARGIN, MARGIN * scale))
 
 
-def downscale_batch(images: torch.Tensor, scale: int) -> torch.Tensor:
+def downscale_batch(images: torch.Tensor, scale: int, rounded: bool = True) -> torch.Tensor:
     """Downscale a batch N x C x H x W in [0, 255], uint8 or floating-point, as `downscale` does each of its images.
 
-    Returns integers N x C x H/s x W/s of the same dtype, on the same device.
+    Returns integers N x C x H/s x W/s of the same dtype, on the same device; without `rounded` the values of the kernel,
+    neither rounded nor clamped, as float32.
     """
     height, width = (size // scale for size in images.shape[2:])
     if not (height and width):
         raise ValueError(f"an image smaller than the scale {scale} cannot be downscaled")
     images = images[..., :height * scale, :width * scale]
-    return _resize(images, height, width, MARGIN * scale, MARGIN)
+    return _resize(images, height, width, MARGIN * scale, MARGIN, rounded)
 
 
 def crop_to_multiple(image: np.ndarray, scale: int) -> np.ndarray:
@@ -54,14 +55,15 @@ def _to_array(batch):
     return np.ascontiguousarray(batch[0].permute(1, 2, 0).numpy())
 
 
-def _resize(x, height, width, extension, margin):
+def _resize(x, height, width, extension, margin, rounded=True):
     """Resize each axis in turn: extend it by `extension` pixels, resize, and crop `margin` pixels of the result."""
+    kind = x.dtype if rounded else torch.float32
     for axis, size in ((2, height), (3, width)):
         extended = x.index_select(axis, _symmetric_index(x.shape[axis], extension, x.device)).double()
         shape = [size + 2 * margin if a == axis else x.shape[a] for a in (2, 3)]
         resized = F.interpolate(extended, shape, mode="bicubic", antialias=True)
-        x = resized.add_(0.5).floor_().clamp_(0, 255).narrow(axis, margin, size).to(x.dtype)
-    return x
+        x = (resized.add_(0.5).floor_().clamp_(0, 255) if rounded else resized).narrow(axis, margin, size)
+    return x.to(kind)
 
 
 @lru_cache(maxsize=64)

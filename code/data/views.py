@@ -1,13 +1,15 @@
 """Views of a batch: the original pairs, and upcycled ones made from them, as in DUKD (Zhang et al., 2023).
 
-zoom_in    --n_zoom_in different tiles of HR's s x s grid, of the size of LR, as inputs without ground truth
-zoom_out   LR downscaled by s with the bicubic kernel of LR, as input; LR is its ground truth
+zoom_in    --n_zoom_in different tiles of HR's s x s grid, of the size of LR, as inputs without ground truth; drawn for each
+           image, or once for all images as in DUKD's code (--zoom_in_tiles)
+zoom_out   LR downscaled by s with the bicubic kernel of LR, not rounded, as input; LR is its ground truth
 
 Each view is a batch of its own. Its terms are means over its images, multiplied by the view's weight in --upcycle.
 """
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +29,13 @@ class View:
     weight: float = 1
 
 
+class Tiles(NamedTuple):
+    """The tiles of zoom_in: `count` for each image; `shared` are the same for all images of a batch."""
+
+    count: int = 1
+    shared: bool = False
+
+
 @dataclass(frozen=True)
 class PlannedView:
     """The properties of a view that depend on the flags alone; side: that of its SR images, in pixels."""
@@ -36,31 +45,37 @@ class PlannedView:
     side: int
 
 
-def zoom_in(lr: torch.Tensor, hr: torch.Tensor, scale: int, tiles: int) -> tuple[torch.Tensor, None]:
-    """Draw `tiles` different tiles of the s x s grid of each HR image, image by image; they have no ground truth."""
-    if tiles > scale ** 2:
-        raise ValueError(f"--n_zoom_in {tiles}: HR has {scale ** 2} tiles of LR's size at --scale {scale}")
+def zoom_in(lr: torch.Tensor, hr: torch.Tensor, scale: int, tiles: Tiles) -> tuple[torch.Tensor, None]:
+    """Draw different tiles of the s x s grid of each HR image, image after image; they have no ground truth."""
+    if tiles.count > scale ** 2:
+        raise ValueError(f"--n_zoom_in {tiles.count}: HR has {scale ** 2} tiles of LR's size at --scale {scale}")
     height, width = lr.shape[2:]
     grid = hr.unflatten(2, (scale, height)).unflatten(4, (scale, width)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    chosen = local_shard(torch.multinomial(torch.ones(global_batch_size(len(lr)), scale ** 2), tiles))
+    draws = 1 if tiles.shared else global_batch_size(len(lr))
+    chosen = torch.multinomial(torch.ones(draws, scale ** 2), tiles.count)
+    chosen = chosen.expand(len(lr), -1) if tiles.shared else local_shard(chosen)
     chosen = chosen.to(hr.device, non_blocking=True)
     return grid[torch.arange(len(lr), device=hr.device)[:, None], chosen].flatten(0, 1), None
 
 
-def zoom_out(lr: torch.Tensor, hr: torch.Tensor, scale: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Downscale LR; its ground truth is LR, cropped to a multiple of the scale."""
+def zoom_out(lr: torch.Tensor, hr: torch.Tensor, scale: int, tiles: Tiles) -> tuple[torch.Tensor, torch.Tensor]:
+    """Downscale LR without rounding; the ground truth of the result is LR, cropped to a multiple of the scale."""
     height, width = (size // scale * scale for size in lr.shape[2:])
-    return degrade.downscale_batch(lr, scale), lr[..., :height, :width]
+    return degrade.downscale_batch(lr, scale, rounded=False), lr[..., :height, :width]
 
 
-MAKERS = {"zoom_in": zoom_in, "zoom_out": zoom_out}  # (LR, HR, scale, n_zoom_in), uint8 -> LR and HR or None of the view
+MAKERS = {"zoom_in": zoom_in, "zoom_out": zoom_out}  # (LR, HR, scale, Tiles), uint8 -> LR and HR or None
 
 
 def make_views(lr: torch.Tensor, hr: torch.Tensor, scale: int, upcycle: Sequence[tuple[float, str]] = (),
-               n_zoom_in: int = 1) -> list[View]:
-    """Make the views of a batch of uint8 pairs: the original batch, then those of `upcycle`, pairs of weight and name."""
+               n_zoom_in: int = 1, zoom_in_tiles: str = "image") -> list[View]:
+    """Make the views of a batch of uint8 pairs: the original batch, then those of `upcycle`, pairs of weight and name.
+
+    n_zoom_in: tiles of zoom_in per image. zoom_in_tiles: `image` draws them for each image, `batch` once for all.
+    """
+    tiles = Tiles(n_zoom_in, zoom_in_tiles == "batch")
     return [View("original", lr, hr),
-            *(View(name, *MAKERS[name](lr, hr, scale, n_zoom_in), weight) for weight, name in upcycle)]
+            *(View(name, *MAKERS[name](lr, hr, scale, tiles), weight) for weight, name in upcycle)]
 
 
 def plan(args: Namespace) -> list[PlannedView]:
@@ -69,7 +84,7 @@ def plan(args: Namespace) -> list[PlannedView]:
     lr = hr[..., ::args.scale, ::args.scale]
     try:
         with torch.random.fork_rng(devices=[]):
-            _, *views = make_views(lr, hr, args.scale, args.upcycle, args.n_zoom_in)
+            _, *views = make_views(lr, hr, args.scale, args.upcycle, args.n_zoom_in, args.zoom_in_tiles)
     except ValueError as error:
         raise UserError(f"--upcycle, --patch_size {args.patch_size}: {error}") from None
     return [PlannedView(view.name, view.hr is not None, view.lr.shape[-1] * args.scale) for view in views]

@@ -2,11 +2,11 @@
 
 Four invertible operations, in this order: colour inversion rgb_range - x, horizontal flip, vertical flip, transpose. `draw`
 chooses them for each image, `perturb` applies them, `restore` undoes them on the output. DUKD (Zhang et al., 2023) perturbs
-the student's input (--label_consistency), DCKD (Zhou et al., AAAI 2025) the teacher's (LC). DUKD's published code undoes the
-operations in the order in which it applied them, which is wrong where a transpose meets exactly one flip; here they are
-undone in reverse order.
+the student's inputs of the view zoom_in (--label_consistency, --label_consistency_views), DCKD (Zhou et al., AAAI 2025) the
+teacher's (LC). DUKD's published code undoes the operations in the order in which it applied them, which is wrong where a
+transpose meets exactly one flip; here they are undone in reverse order.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,17 +53,17 @@ def restore_features(x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def with_label_consistency(forward: Callable[[list[torch.Tensor]], list[Output]], inputs: list[torch.Tensor], p: float,
-                           rgb_range: float) -> list[Output]:
-    """Run `forward` on perturbed batches, and undo the operations on its outputs; each operation has probability p.
+def with_label_consistency(forward: Callable[[list[torch.Tensor]], list[Output]], inputs: list[torch.Tensor],
+                           probabilities: Sequence[float], rgb_range: float) -> list[Output]:
+    """Run `forward` on perturbed batches, and undo the operations on its outputs.
 
-    Feature maps are those of the perturbed inputs, with flips and transposes undone.
+    probabilities: for each batch that of each operation; a batch with 0 is passed as it is. Feature maps are those of the
+    perturbed inputs, with flips and transposes undone.
     """
-    if not p:
-        return forward(inputs)
-    drawn = [draw(lr, p) for lr in inputs]
-    outputs = forward([perturb(lr, chosen, rgb_range) for lr, chosen in zip(inputs, drawn)])
-    return [Output(restore(output.sr, chosen, rgb_range), [restore_features(x, chosen) for x in output.features])
+    drawn = [draw(lr, p) if p else None for lr, p in zip(inputs, probabilities, strict=True)]
+    outputs = forward([lr if chosen is None else perturb(lr, chosen, rgb_range) for lr, chosen in zip(inputs, drawn)])
+    return [output if chosen is None else
+            Output(restore(output.sr, chosen, rgb_range), [restore_features(x, chosen) for x in output.features])
             for output, chosen in zip(outputs, drawn)]
 
 

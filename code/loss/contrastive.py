@@ -83,9 +83,10 @@ def student_features(vgg: nn.Module, inputs: LossInputs) -> list[torch.Tensor]:
 class ContrastiveLoss(Term):
     """CSD: contrast in VGG-19's relu1_1, relu2_1, relu3_1, relu4_1 and relu5_1.
 
-    vgg: loss.vgg.VGG19. negatives: number of negatives of each anchor, which are other LR images of the batch,
-    bicubically upsampled. distance: L1 or cos. Departs from the published code, where an image can be its own negative, the
-    inputs of VGG are in [0, 255] without ImageNet's normalisation, and an unused graph of teacher and negatives is kept.
+    vgg: loss.vgg.VGG19. negatives: number of negatives of each anchor, which are other LR images of the batch, upsampled
+    with PyTorch's bicubic kernel (a = -0.75, no antialiasing) as in the published code. distance: L1 or cos. Departs from
+    that code, where an image can be its own negative, the inputs of VGG are in [0, 255] without ImageNet's normalisation,
+    and an unused graph of teacher and negatives is kept.
     """
 
     needs = frozenset({"teacher"})
@@ -105,7 +106,7 @@ class ContrastiveLoss(Term):
         chosen = local_shard(draw_negatives(images, self.negatives).T).T
         used, chosen = chosen.unique(return_inverse=True)
         lr = all_gather(inputs.lr)[used.to(inputs.lr.device, non_blocking=True)]
-        upsampled = F.interpolate(lr, size=inputs.student.sr.shape[-2:], mode="bicubic", antialias=True)
+        upsampled = F.interpolate(lr, size=inputs.student.sr.shape[-2:], mode="bicubic")
         return *without_graph(self.vgg, inputs.teacher.sr, upsampled), chosen
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:

@@ -1,14 +1,14 @@
 """NCE: multi-scale InfoNCE between student and teacher images (MCADKD: Ko et al., ICCVW 2025).
 
--(pos - logsumexp(negatives)) of the cosine similarities of learned embeddings, divided by a learned temperature. The
-positive of a student image is the teacher image of the same input, its negatives are the other teacher images of the batch.
-The term is 0.3 x that of whole images + 0.7 x that of random patches, where the other patches of the same image are
-negatives too.
+-(pos - logsumexp(negatives)) of the cosine similarities of learned embeddings, divided by a learned temperature, one for
+images and one for patches. The positive of a student image is the teacher image of the same input, its negatives are the
+other teacher images of the batch. The term is 0.3 x that of whole images + 0.7 x that of random patches, where the other
+patches of the same image are negatives too.
 
 Departs from the published code: student and teacher patches are cropped at the same places, different ones in each image;
-embeddings and temperature are trained, by the student's optimiser; `hard` keeps the most similar half of the negatives, not
-all; the weight is applied once. With the negatives alone in the denominator, the loss has no lower bound as the temperature
-goes to 0, which is therefore kept at 0.01 or above, as in CLIP (Radford et al., ICML 2021).
+embeddings and temperatures are trained, by the student's optimiser; `hard` keeps the most similar half of the negatives, not
+all; the weight is applied once. With the negatives alone in the denominator, the loss has no lower bound as a temperature
+goes to 0; each is therefore kept at 0.01 or above, as in CLIP (Radford et al., ICML 2021).
 """
 import math
 from itertools import pairwise
@@ -87,13 +87,14 @@ class InfoNCE(Term):
         self.settings = dict(mining=mining, denominator=denominator)
         self.n_patches, self.patch_size, self.rgb_range = patches, patch_size, rgb_range
         self.embeddings = nn.ModuleDict({kind: make_embedding(WIDTHS[kind]) for kind in self.shares})
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE)))
+        self.log_temperatures = nn.ParameterDict({kind: torch.tensor(math.log(TEMPERATURE)) for kind in self.shares})
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
         """Compute the sum of InfoNCE over images and patches, each times its share."""
         scale = 1 / self.rgb_range
-        images = [x.to(self.log_temperature.dtype) * scale for x in (inputs.student.sr, inputs.teacher.sr)]
-        return sum(share * self.contrast(self.embeddings[kind], *(self.patches(*images) if kind == "patch" else images))
+        dtype = next(self.embeddings.parameters()).dtype
+        images = [x.to(dtype) * scale for x in (inputs.student.sr, inputs.teacher.sr)]
+        return sum(share * self.contrast(kind, *(self.patches(*images) if kind == "patch" else images))
                    for kind, share in self.shares.items())
 
     def patches(self, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,16 +103,17 @@ class InfoNCE(Term):
         places = draw_places(student, size, self.n_patches)
         return crop(student, places, size), crop(teacher, places, size)
 
-    def contrast(self, embedding: nn.Module, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Compute InfoNCE of the embeddings, with the teacher images of all processes as negatives."""
-        student, teacher = F.normalize(embedding(torch.cat([student, teacher])), dim=1).chunk(2)
-        return info_nce(student, all_gather(teacher), self.log_temperature.exp(), first=rank() * len(teacher),
+    def contrast(self, kind: str, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Compute InfoNCE of images or patches, with those of the teacher in all processes as negatives."""
+        student, teacher = F.normalize(self.embeddings[kind](torch.cat([student, teacher])), dim=1).chunk(2)
+        return info_nce(student, all_gather(teacher), self.log_temperatures[kind].exp(), first=rank() * len(teacher),
                         **self.settings)
 
     @torch.no_grad()
     def update(self, inputs: LossInputs) -> None:
-        """Keep the temperature at MIN_TEMPERATURE or above."""
-        self.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
+        """Keep the temperatures at MIN_TEMPERATURE or above."""
+        for temperature in self.log_temperatures.values():
+            temperature.clamp_(min=math.log(MIN_TEMPERATURE))
 
 
 TERMS = {"NCE": InfoNCE}

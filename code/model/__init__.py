@@ -21,7 +21,7 @@ __all__ = ["NETWORKS", "CheckpointError", "describe", "inherit", "load_model", "
 
 UNDETERMINED = "res_scale", "img_range"  # names and shapes do not determine them: an explicit flag replaces the value
 FLOATS, LISTS = ("res_scale", "mlp_ratio", "img_range"), ("depths", "num_heads", "multi_scale")
-STRINGS = "upsampler", "resi_connection", "RDNconfig"
+STRINGS = "carn_variant", "upsampler", "resi_connection", "RDNconfig"
 SCALES = 1, 2, 3, 4, 8
 
 log = logging.getLogger("sr")

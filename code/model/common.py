@@ -14,12 +14,14 @@ class Network(nn.Module):
 
     Attributes: `config`, the arguments of the constructor; `scale`; `n_feats`, the channels of the feature maps;
     `rgb_range`, the maximum of the images that `forward` takes and returns; `native_range`, the maximum of those that
-    `super_resolve` was designed for; `window`, the size to a multiple of which inputs are padded (1: no padding);
-    `receptive_field`, in LR pixels to each side (None: the whole image).
+    `super_resolve` was designed for; `sliceable`, whether the first channels are a network of their own (--width_mult);
+    `window`, the size to a multiple of which inputs are padded (1: no padding); `receptive_field`, in LR pixels to each side
+    (None: the whole image).
     """
 
     rgb_range = 255
     native_range = 255
+    sliceable = True
     window = 1
     receptive_field = None
 
@@ -93,15 +95,16 @@ class ImageConv(nn.Conv2d):
 class MeanShift(ImageConv):
     """Add `sign` x the DIV2K mean x 255, as the 1x1 convolution that the released checkpoints hold.
 
-    Its 12 parameters are constant in EDSR and trainable in RCAN and SAN. Where a checkpoint lacks them, these values apply.
+    Its 12 parameters are not trained: they are constant in EDSR-PyTorch, BasicSR, FAKD and CSD. A checkpoint that holds
+    other values, as RCAN's and SAN's authors trained them, keeps those; where it holds none, these apply.
     """
 
-    def __init__(self, sign: int, trainable: bool):
+    def __init__(self, sign: int):
         super().__init__(3, 3, kernel_size=1)
         with torch.no_grad():
             nn.init.dirac_(self.weight)
             self.bias.copy_(sign * 255 * MEAN)
-        self.requires_grad_(trainable)
+        self.requires_grad_(False)
 
 
 def upsampling_factors(scale: int) -> list[int]:

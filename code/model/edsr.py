@@ -7,22 +7,26 @@ from model.layout import Layout, Rules, State, count, upsampler_scale
 
 
 class EDSR(Network):
-    """EDSR; 16 blocks of 64 channels are EDSR-baseline, 32 of 256 with res_scale 0.1 the full network."""
+    """EDSR; 16 blocks of 64 channels are EDSR-baseline, 32 of 256 with res_scale 0.1 the full network.
+
+    res_scale, which checkpoints of other code bases do not hold, is by default that of the published networks of this depth:
+    0.1 for 32 blocks, whatever their width, 1 for 16. For other depths it is 0.1 from 256 channels on, else 1.
+    """
 
     def __init__(self, scale: int, n_resblocks: int = 16, n_feats: int = 64, res_scale: float | None = None):
         super().__init__()
-        if res_scale is None:  # checkpoints of other code bases do not hold it; the published ones of 256 channels used 0.1
-            res_scale = 0.1 if n_feats >= 256 else 1.0
+        if res_scale is None:
+            res_scale = {32: 0.1, 16: 1.0}.get(n_resblocks, 0.1 if n_feats >= 256 else 1.0)
         self.scale, self.n_feats = scale, n_feats
         self.config = dict(scale=scale, n_resblocks=n_resblocks, n_feats=n_feats, res_scale=res_scale)
         # head 1, each block 2, end of the body 1; the tail's convolutions together 2 LR pixels at any scale
         self.receptive_field = 2 * n_resblocks + 4
         self.feature_layers = n_resblocks // 3, 2 * n_resblocks // 3
-        self.sub_mean = MeanShift(-1, trainable=False)
+        self.sub_mean = MeanShift(-1)
         self.head = nn.Sequential(ImageConv(3, n_feats))
         self.body = nn.Sequential(*[ResBlock(n_feats, res_scale) for _ in range(n_resblocks)], conv(n_feats, n_feats))
         self.tail = nn.Sequential(Upsampler(scale, n_feats), ImageConv(n_feats, 3))
-        self.add_mean = MeanShift(1, trainable=False)
+        self.add_mean = MeanShift(1)
 
     def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute the SR image and the feature maps, as `Network.super_resolve` describes."""

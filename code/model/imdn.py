@@ -58,6 +58,7 @@ class IMDN(Network):
     """
 
     native_range = 1
+    sliceable = False  # blocks keep the first channels of a convolution and pass on the others: a slice mixes the two
 
     def __init__(self, scale: int, n_feats: int = 64, n_modules: int = 6):
         super().__init__()

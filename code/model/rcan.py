@@ -57,12 +57,12 @@ class RCAN(Network):
         self.config = dict(scale=scale, n_resgroups=n_resgroups, n_resblocks=n_resblocks, n_feats=n_feats,
                            reduction=reduction)
         self.feature_layers = round(n_resgroups / 3), round(2 * n_resgroups / 3)  # 3 and 7 of 10, as in FAKD
-        self.sub_mean = MeanShift(-1, trainable=True)
+        self.sub_mean = MeanShift(-1)
         self.head = nn.Sequential(ImageConv(3, n_feats))
         self.body = nn.Sequential(*[ResidualGroup(n_resblocks, n_feats, reduction) for _ in range(n_resgroups)],
                                   conv(n_feats, n_feats))
         self.tail = nn.Sequential(Upsampler(scale, n_feats), ImageConv(n_feats, 3))
-        self.add_mean = MeanShift(1, trainable=True)
+        self.add_mean = MeanShift(1)
 
     def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute the SR image and the feature maps, as `Network.super_resolve` describes."""
@@ -95,6 +95,16 @@ def basicsr_rules(state: State) -> Rules:
             ("conv_last", "tail.1")]
 
 
+def csd_rules(state: State) -> Rules:
+    """Rename the parameters of CSD's slimmable RCAN."""
+    return [("body.*.body.*.caLayer.conv_du.0", "body.*.body.*.body.3.conv_du.0"),
+            ("body.*.body.*.caLayer.conv_du.1", "body.*.body.*.body.3.conv_du.2"),
+            ("body.*.body.*.body.1", "body.*.body.*.body.2"),
+            ("body.*.conv", f"body.*.body.{count(state, 'body.0.body.*')}"),
+            ("body_conv", f"body.{count(state, 'body.*')}"), ("head_conv", "head.0"), ("tail_conv", "tail.1"),
+            *[(f"upsampler.blocks.{n}", f"tail.0.{2 * n}") for n in range(3)]]
+
+
 LAYOUTS = (
     Layout("EDSR-PyTorch", ("head.0.weight", "body.0.body.0.body.0.weight", "body.0.body.0.body.2.weight",
                             "body.0.body.0.body.3.conv_du.0.weight", "tail.0.0.weight", "tail.1.weight"), read_config),
@@ -103,4 +113,7 @@ LAYOUTS = (
     Layout("BasicSR", ("conv_first.weight", "body.0.residual_group.0.rcab.0.weight",
                        "body.0.residual_group.0.rcab.3.attention.1.weight", "body.0.conv.weight", "conv_after_body.weight",
                        "upsample.0.weight", "conv_last.weight"), read_config, basicsr_rules),
+    Layout("CSD", ("head_conv.weight", "body.0.body.0.body.0.weight", "body.0.body.0.caLayer.conv_du.0.weight",
+                   "body.0.conv.weight", "body_conv.weight", "upsampler.blocks.0.weight", "tail_conv.weight"), read_config,
+           csd_rules),
 )

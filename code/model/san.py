@@ -162,14 +162,14 @@ class SAN(Network):
         self.config = dict(scale=scale, n_resgroups=n_resgroups, n_resblocks=n_resblocks, n_feats=n_feats,
                            reduction=reduction, n_inner=n_inner)
         self.feature_layers = -(-n_resgroups // 3), -(-2 * n_resgroups // 3)  # 7 and 14 of 20, 2 and 4 of 6, as in FAKD
-        self.sub_mean = MeanShift(-1, trainable=True)
+        self.sub_mean = MeanShift(-1)
         self.head = nn.Sequential(ImageConv(3, n_feats))
         self.non_local = NonLocalBlock(n_feats, n_inner)
         self.gamma = nn.Parameter(torch.zeros(1))
         self.RG = nn.ModuleList([AttentionGroup(n_resblocks, n_feats, reduction) for _ in range(n_resgroups)])
         self.conv_last = conv(n_feats, n_feats)
         self.tail = nn.Sequential(Upsampler(scale, n_feats), ImageConv(n_feats, 3))
-        self.add_mean = MeanShift(1, trainable=True)
+        self.add_mean = MeanShift(1)
 
     def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute the SR image and the feature maps, as `Network.super_resolve` describes."""

@@ -15,7 +15,7 @@ from model import rdn
 from model.common import Network
 from system.errors import UserError
 
-FIXED_ARGUMENTS = "scale", "window_size", "group"  # must be equal: they determine what an entry of a parameter means
+FIXED_ARGUMENTS = "scale", "window_size", "group", "carn_variant"  # must be equal: the meaning of the parameters
 WIDTH_ARGUMENTS = "n_feats", "G0", "RDNconfig", "n_inner"  # numbers of channels, which are multiplied by the width
 CANNOT_INHERIT = "the student cannot start from the teacher's weights"
 
@@ -190,6 +190,9 @@ def narrow_network(net: Network, width: float) -> Network:
     """
     if not 0 < width <= 1:
         raise UserError(f"--width_mult {width:g} is not above 0 and at most 1")
+    if not net.sliceable:
+        raise UserError(f"--width_mult: {type(net).__name__} cannot be sliced, since its blocks divide their channels; "
+                        "train a narrower one with --n_feats")
     config = {name: scale_argument(name, value, width) if name in WIDTH_ARGUMENTS and value else value
               for name, value in net.config.items()}
     try:

@@ -1,8 +1,10 @@
 """A training step of DUKD (Zhang et al., 2023) as in its published code, to compare results, time and memory with.
 
-There the teacher runs with a graph, and the backward pass computes gradients of its weights; each view has forward passes of
-its own; LR is downscaled on the CPU, image by image; the student is updated twice, and the gradients of the first update are
-not cleared before the second. Label consistency is undone in the correct order here, unlike in the published code.
+There the student is updated twice: with the loss on the original batch, then with that on zoom-in and zoom-out, without
+clearing the gradients of the first update before the second. The teacher runs with a graph, and the backward pass computes
+gradients of its weights; each view has forward passes of its own; zoom-in takes the same tiles from all images, and label
+consistency acts on it alone; LR is downscaled on the CPU, image by image. Label consistency is undone in the correct order
+here, unlike in the published code.
 """
 import copy
 from collections.abc import Callable
@@ -33,50 +35,52 @@ def perturb(image: torch.Tensor, operations: torch.Tensor, inverse: bool = False
     return image
 
 
-def make_views(lr: torch.Tensor, hr: torch.Tensor, scale: int, tiles: torch.Tensor,
+def make_views(lr: torch.Tensor, hr: torch.Tensor, scale: int, tiles: list[int],
                ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Make the original batch, zoom-in and zoom-out of a uint8 batch, as float32 pairs of LR and HR (None for zoom-in).
 
-    tiles: N x k, the indices of the tiles of HR's s x s grid that zoom-in takes from each image.
+    tiles: the indices of the tiles of HR's s x s grid that zoom-in takes from each image.
     """
     device, (height, width) = lr.device, lr.shape[2:]
     crops = [hr[image, :, row * height:(row + 1) * height, column * width:(column + 1) * width]
-             for image, chosen in enumerate(tiles.tolist()) for row, column in (divmod(tile, scale) for tile in chosen)]
-    small = [torch.from_numpy(degrade.downscale(image.cpu().permute(1, 2, 0).numpy(), scale).transpose(2, 0, 1))
-             for image in lr]
+             for image in range(len(hr)) for row, column in (divmod(tile, scale) for tile in tiles)]
+    small = [degrade.downscale_batch(image[None].cpu(), scale, rounded=False) for image in lr]
     cropped = lr[..., :height // scale * scale, :width // scale * scale]
     return [(lr.float(), hr.float()), (torch.stack(crops).float(), None),
-            (torch.stack(small).to(device).float(), cropped.float())]
+            (torch.cat(small).to(device), cropped.float())]
 
 
-def view_loss(student: nn.Module, teacher: nn.Module, lr: torch.Tensor, hr: torch.Tensor | None, operations: torch.Tensor,
-              weights: tuple[float, float]) -> torch.Tensor:
+def view_loss(student: nn.Module, teacher: nn.Module, lr: torch.Tensor, hr: torch.Tensor | None,
+              weights: tuple[float, float], operations: torch.Tensor | None = None) -> torch.Tensor:
     """Compute the loss on one view: the L1 to the ground truth, where there is one, and to the teacher's output.
 
-    operations: N x 4, those of label consistency on the student's inputs. weights: of the two terms.
+    weights: of the two terms. operations: N x 4, those of label consistency on the student's inputs; None without it.
     """
-    perturbed = torch.stack([perturb(image, chosen) for image, chosen in zip(lr, operations)])
-    sr = torch.stack([perturb(image, chosen, inverse=True) for image, chosen in zip(student(perturbed), operations)])
+    if operations is None:
+        sr = student(lr)
+    else:
+        perturbed = torch.stack([perturb(image, chosen) for image, chosen in zip(lr, operations)])
+        sr = torch.stack([perturb(image, chosen, inverse=True) for image, chosen in zip(student(perturbed), operations)])
     loss = weights[1] * F.l1_loss(sr, teacher(lr))
     return loss if hr is None else loss + weights[0] * F.l1_loss(sr, hr)
 
 
 def training_step(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, lr: torch.Tensor,
-                  hr: torch.Tensor, tiles: torch.Tensor, operations: list[torch.Tensor],
+                  hr: torch.Tensor, tiles: list[int], operations: torch.Tensor,
                   weights: tuple[float, float] = (5, 1)) -> list[torch.Tensor]:
     """Run one iteration as in the published code, and return the loss of each view.
 
-    operations: for each view those of `view_loss`. The other arguments are those of `make_views` and `view_loss`.
+    operations: those of label consistency on zoom-in. The other arguments are those of `make_views` and `view_loss`.
     """
-    views = make_views(lr, hr, student.scale, tiles)
-    losses = [view_loss(student, teacher, *view, chosen, weights) for view, chosen in zip(views[:1], operations)]
+    original, zoom_in, zoom_out = make_views(lr, hr, student.scale, tiles)
+    first = view_loss(student, teacher, *original, weights)
     optimizer.zero_grad()
-    losses[0].backward()
+    first.backward()
     optimizer.step()
-    losses += [view_loss(student, teacher, *view, chosen, weights) for view, chosen in zip(views[1:], operations[1:])]
-    sum(losses[1:]).backward()
+    second = [view_loss(student, teacher, *zoom_in, weights, operations), view_loss(student, teacher, *zoom_out, weights)]
+    sum(second).backward()
     optimizer.step()
-    return losses
+    return [first, *second]
 
 
 def make_step(student: nn.Module, teacher: nn.Module, flags: str, device: torch.device | str = "cpu") -> Callable:
@@ -108,7 +112,8 @@ def make_steps(student: nn.Module, teacher: nn.Module, lr: torch.Tensor, hr: tor
     copies of the networks and returns values whose sum is the loss.
     """
     scale, count = student.scale, len(lr)
-    flags = f"--template DUKD --scale {scale} --patch_size {hr.shape[2]} --batch_size {count} {flags}"
+    flags = (f"--template DUKD --scale {scale} --patch_size {hr.shape[2]} --batch_size {count} --zoom_in_tiles batch "
+             f"--label_consistency_views zoom_in {flags}")
     step = make_step(copy.deepcopy(student), copy.deepcopy(teacher), flags, device)
 
     args = option.parse(flags.split())
@@ -116,8 +121,8 @@ def make_steps(student: nn.Module, teacher: nn.Module, lr: torch.Tensor, hr: tor
     optimizer = make_optimizer(args, student.parameters())
 
     def reference():
-        tiles = torch.multinomial(torch.ones(count, scale ** 2), args.n_zoom_in)
-        operations = [torch.rand(images, 4) < args.label_consistency for images in (count, args.n_zoom_in * count, count)]
+        tiles = torch.multinomial(torch.ones(scale ** 2), args.n_zoom_in).tolist()
+        operations = torch.rand(args.n_zoom_in * count, 4) < args.label_consistency
         return training_step(student, teacher, optimizer, lr.to(device), hr.to(device), tiles, operations)
 
     return lambda: step(lr, hr), reference
