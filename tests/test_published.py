@@ -38,13 +38,15 @@ def parse(line):
                          "patch_size 192, gamma 0.1, epochs 400, t_l_remove 400, betas 0.9,0.999, self_ensemble 1, ema 0"),
     ("CSD/EDSR/x2/0.25/J-T1", "width_mult 0.25, loss 1*DS+1*T_DS, self_ensemble 1, scale 2"),
     ("CSD/RCAN/x4/0.5", "model RCAN, n_resblocks 20, width_mult 0.5, teacher [RCAN], self_ensemble 1"),
-    ("CSD/CARN/x4/0.5", "model CARN, width_mult 0.5, teacher [CARN], gamma 0.1"),
+    ("CSD/CARN/x4/0.5", "model CARN, width_mult 0.5, carn_variant CSD, gamma 0.1"),
     ("DUKD/EDSR/x2", "n_resblocks 32, n_feats 64, res_scale 0.1, loss 5*DS+1*TS, upcycle zoom_in+zoom_out, n_zoom_in 2, "
-                     "label_consistency 0.3, ema 0.999, betas 0.9,0.99, gamma 0.1, epochs 250, batch_size 16, "
+                     "zoom_in_tiles batch, label_consistency 0.3, label_consistency_views zoom_in, ema 0.999, "
+                     "betas 0.9,0.99, gamma 0.1, epochs 250, batch_size 16, "
                      "self_ensemble 1, patch_size 96"),
     ("DUKD/EDSR/x3", "upcycle zoom_in+zoom_out, n_zoom_in 1, label_consistency 0.3, loss 5*DS+1*TS, patch_size 144"),
     ("DUKD/RCAN/x2", "loss 1*DS+1*TS, upcycle zoom_in, n_zoom_in 1, label_consistency 0, self_ensemble 0"),
-    ("DUKD/RCAN/x3", "loss 2*DS+1*TS, upcycle zoom_in+zoom_out, n_zoom_in 1, label_consistency 0.3"),
+    ("DUKD/RCAN/x3", "loss 2*DS+1*TS, upcycle zoom_in+zoom_out, n_zoom_in 1, zoom_in_tiles batch, label_consistency 0.3, "
+                     "label_consistency_views zoom_in"),
     ("DUKD/RCAN/x4", "loss 1*DS+1*TS, upcycle zoom_in, label_consistency 0"),
     ("DUKD/SwinIR/x2", "n_feats 60, depths [6,6,6,6], loss 5*DS+1*TS, upcycle zoom_in, label_consistency 0.3"),
     ("DCKD/SwinIR/x4", "n_feats 60, teacher [SwinIR], loss 1*DS+1*TS+1*LC+25.5*DCR+0.255*DMM, lc_p 0.5, dcr_negatives 4, "
@@ -52,9 +54,11 @@ def parse(line):
                        "gamma 0.1, epochs 250"),
     ("DCKD/RCAN/x2", "model RCAN, n_resblocks 6, batch_size 16, ema 0.999, betas 0.9,0.99, upcycle "),
     ("DCKD_star/RCAN/x4", "loss 1*DS+1*TS+1*LC+25.5*DCR+0.255*DMM, upcycle zoom_in"),
-    ("MCADKD/EDSR/x2", "n_resblocks 32, n_feats 64, res_scale 0.1, lr 1e-3, gan_lr 1e-3, ema 0, batch_size 32, epochs 500, "
-                       "gamma 0.5, betas 0.9,0.99, self_ensemble 1, loss 3*DS+0.5*TS+12.75*NCE+2.55*GAN"),
-    ("MCADKD/SwinIR/x3", "lr 1e-4, gan_lr 1e-4, ema 0.999, batch_size 32, epochs 500, self_ensemble 0, patch_size 144"),
+    ("MCADKD/EDSR/x2", "n_resblocks 32, n_feats 64, res_scale 0.1, lr 1e-3, gan_lr 1e-3, gan_net unet, ema 0, "
+                       "batch_size 32, epochs 500, gamma 0.5, betas 0.9,0.99, self_ensemble 1, "
+                       "loss 3*DS+0.5*TS+12.75*NCE+2.55*GAN"),
+    ("MCADKD/SwinIR/x3", "lr 1e-4, gan_lr 1e-4, gan_net unet, ema 0.999, batch_size 32, epochs 500, "
+                         "self_ensemble 0, patch_size 144"),
 ])
 def test_an_experiment_has_its_published_settings(name, line):
     args, parser = parse(f"--published {name}"), option.make_parser()
@@ -134,7 +138,7 @@ def test_an_experiment_trains_from_its_script(name):
     args = parse(f"--published {name}")
     assert args.patch_size == 48 * args.scale and args.ckp_dir.startswith("published/")
     assert args.teacher == [name.split("/")[1]] == [args.model]
-    assert "teacher" in args.given or args.loss == "1*DS"
+    assert "teacher" in args.given or args.loss == "1*DS" or name.startswith("CSD/CARN")  # whose teacher was not published
 
 
 def test_there_is_a_script_for_each_experiment_and_an_experiment_for_each_script():
