@@ -82,7 +82,13 @@ def make_parser() -> Parser:
                                 "computes PSNR and SSIM or upscales images, compare.py compares networks, summary.py counts "
                                 "parameters and FLOPs. All accept the flags below. @FILE reads flags from a file, one per "
                                 "line, such as the config.txt of a run.")
+    for add_flags in (_add_device_flags, _add_data_flags, _add_network_flags, _add_loss_flags, _add_view_flags, _add_term_flags,
+                      _add_training_flags, _add_experiment_flags, _add_testing_flags):
+        add_flags(parser)
+    return parser
 
+
+def _add_device_flags(parser):
     group = parser.add_argument_group("device")
     group.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     group.add_argument("--gpu_id", type=natural, default=0, help="index of the GPU to use")
@@ -100,6 +106,8 @@ def make_parser() -> Parser:
     group.add_argument("--seed", type=seed, default=1,
                        help="random seed of initial weights, data order, crops and augmentation")
 
+
+def _add_data_flags(parser):
     group = parser.add_argument_group("data")
     group.add_argument("--dir_data", default=str(ROOT / "dataset"), help="folder that contains the datasets")
     group.add_argument("--data_train", type=parse_list, default="DIV2K",
@@ -121,6 +129,8 @@ def make_parser() -> Parser:
     group.add_argument("--rgb_range", type=pixel_range, default=255,
                        help="maximum pixel value in the losses; the published weights of presets are converted to it")
 
+
+def _add_network_flags(parser):
     group = parser.add_argument_group("networks", "Sizes that are not given are those of the checkpoint, or else those of "
                                                   "the published student.")
     group.add_argument("--template", default="",
@@ -168,6 +178,8 @@ def make_parser() -> Parser:
                        help="initialise the student with weights of the teacher: the first channels of evenly spaced blocks")
     group.add_argument("--pre_train", default="", help="checkpoint file that initialises the student")
 
+
+def _add_loss_flags(parser):
     group = parser.add_argument_group("loss", "Terms of the loss, with S the student's output and T the teacher's: DS is "
                                               "L1(S, HR), TS is L1(S, T); README.md lists all terms.")
     group.add_argument("--loss", default="",
@@ -186,6 +198,8 @@ def make_parser() -> Parser:
     group.add_argument("--P", type=order, default=2, help="order of the Taylor series of the Gaussian kernel (RBF)")
     group.add_argument("--rbf_gamma", type=positive_number, default=5, help="gamma of the Gaussian kernel (RBF)")
 
+
+def _add_view_flags(parser):
     group = parser.add_argument_group("data upcycling (DUKD) and cached teacher outputs")
     group.add_argument("--upcycle", type=parse_views, default="",
                        help="additional weighted inputs made from each batch, such as 1*zoom_in+1*zoom_out. zoom_in: crops "
@@ -207,6 +221,8 @@ def make_parser() -> Parser:
                             "This is an approximation: near the border of a crop, and for flipped or transposed crops, the "
                             "two outputs differ. The teacher still runs for terms and inputs that need more")
 
+
+def _add_term_flags(parser):
     group = parser.add_argument_group("contrastive, distributional and adversarial terms of the loss")
     group.add_argument("--feature_net", choices=("released", "random"), default="released",
                        help="weights of VGG-19 and VQGAN in the terms VGG, CSD, DCR and DMM: the released files, or random "
@@ -245,6 +261,8 @@ def make_parser() -> Parser:
     group.add_argument("--gan_k", type=repeats, default=1, help="discriminator steps per iteration (GAN)")
     group.add_argument("--gan_lr", type=positive_number, default=1e-4, help="learning rate of the discriminator (GAN)")
 
+
+def _add_training_flags(parser):
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive, default=200, help="number of epochs")
     group.add_argument("--test_every", type=positive, default=1000,
@@ -275,6 +293,8 @@ def make_parser() -> Parser:
                             "saved in their place (DUKD, DCKD: 0.999); 0 disables it")
     group.add_argument("--print_every", type=positive, default=100, help="iterations between lines of the training log")
 
+
+def _add_experiment_flags(parser):
     group = parser.add_argument_group("experiment")
     group.add_argument("--ckp_dir", default="first_try", help="name of the run, a folder in experiment/ for its results")
     group.add_argument("--resume", type=lambda word: int(word) if word in ("0", "1") else word, choices=(0, 1, "auto"),
@@ -286,6 +306,8 @@ def make_parser() -> Parser:
     group.add_argument("--save_results", action="store_true", help="save the upscaled test images")
     group.add_argument("--save_gt", action="store_true", help="save LR and HR images too, with --save_results")
 
+
+def _add_testing_flags(parser):
     group = parser.add_argument_group("testing")
     group.add_argument("--ckp_path", default="",
                        help="checkpoint file to test, whose architecture, sizes and scale are detected; compare.py, "
@@ -298,7 +320,7 @@ def make_parser() -> Parser:
                        help="memory limit of --chop in GB (10^9 bytes) (default: half of the free memory; 1 for networks "
                             "with global operations, whose results depend on the tiles)")
     group.add_argument("--self_ensemble", action="store_true", help="average the outputs for 8 flips and transposes (EDSR+)")
-    return parser
+
 
 
 def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.Namespace:
