@@ -82,8 +82,8 @@ def make_parser() -> Parser:
                                 "computes PSNR and SSIM or upscales images, compare.py compares networks, summary.py counts "
                                 "parameters and FLOPs. All accept the flags below. @FILE reads flags from a file, one per "
                                 "line, such as the config.txt of a run.")
-    for add_flags in (_add_device_flags, _add_data_flags, _add_network_flags, _add_loss_flags, _add_view_flags, _add_term_flags,
-                      _add_training_flags, _add_experiment_flags, _add_testing_flags):
+    for add_flags in (_add_device_flags, _add_data_flags, _add_network_flags, _add_loss_flags, _add_view_flags,
+                      _add_term_flags, _add_training_flags, _add_experiment_flags, _add_testing_flags):
         add_flags(parser)
     return parser
 
