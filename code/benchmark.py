@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import option
 from option_types import natural, parse_list, parse_numbers, positive, positive_number
-from system.errors import UserError, run, writing
+from system.errors import UserError, writing
+from system.signals import run_script
 
 if TYPE_CHECKING:
     import torch
@@ -122,4 +123,4 @@ def describe(device: "torch.device") -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

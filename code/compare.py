@@ -14,7 +14,8 @@ import numpy as np
 
 import option
 from option_types import parse_labelled
-from system.errors import UserError, run, writing
+from system.errors import UserError, writing
+from system.signals import run_script
 
 if TYPE_CHECKING:
     from data import Images
@@ -134,4 +135,4 @@ def crop_psnr(sr: np.ndarray, hr: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

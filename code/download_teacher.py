@@ -13,6 +13,7 @@ from option_types import home_path
 from released import LOSS_NETWORKS, RELEASED, Release
 from system import errors
 from system.errors import UserError, writing
+from system.signals import run_script
 
 log = logging.getLogger(__name__)
 VARIABLE = "TEACHER_URL"
@@ -100,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_script(main)

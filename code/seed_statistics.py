@@ -12,7 +12,8 @@ import numpy as np
 
 import option
 from option_types import home_path
-from system.errors import UserError, run
+from system.errors import UserError
+from system.signals import run_script
 
 log = logging.getLogger("sr")
 COLUMNS = "method", "seed", "dataset", "psnr", "ssim"
@@ -82,4 +83,4 @@ def mean_and_deviation(values: tuple[float, ...], digits: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

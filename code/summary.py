@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import option
 from option_types import parse_labelled
-from system.errors import run
+from system.signals import run_script
 
 if TYPE_CHECKING:
     from torch.overrides import TorchFunctionMode
@@ -106,4 +106,4 @@ def fused_attention() -> "TorchFunctionMode":
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

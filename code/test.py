@@ -5,7 +5,8 @@ from pathlib import Path
 
 import option
 import published
-from system.errors import UserError, run
+from system.errors import UserError
+from system.signals import run_script
 
 log = logging.getLogger("sr")
 
@@ -58,4 +59,4 @@ def results_folder(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,13 +1,13 @@
 """Distil a student from teachers: data, networks, loss, trainer. Run from this folder: `python train.py --help`."""
 import logging
 import os
-import signal
 from argparse import Namespace
 from contextlib import ExitStack
 
 import option
 import published
-from system.errors import UserError, is_distributed, is_rank_zero, run
+from system.errors import UserError, is_distributed, is_rank_zero
+from system.signals import run_script
 
 
 def main() -> int:
@@ -71,7 +71,4 @@ def train(args: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        run(main)
-    finally:  # a Ctrl-C during the interpreter's shutdown would print a traceback
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run_script(main)

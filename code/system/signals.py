@@ -1,7 +1,11 @@
 """Signal handlers with which a run ends in order: it saves its state first."""
 import signal
+import sys
 import time
+from collections.abc import Callable
 from types import FrameType
+
+from system.errors import run
 
 
 class Interruption:
@@ -32,3 +36,30 @@ class Interruption:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def run_script(main: Callable[[], int]) -> None:
+    """Run `main()` of an entry script by `errors.run`, and exit with its status.
+
+    The first Ctrl-C raises KeyboardInterrupt, and only until `main` has ended: at any later moment, such as the
+    interpreter's shutdown, it would print a traceback.
+    """
+    armed, status = True, 130
+
+    def interrupt(number, frame):
+        nonlocal armed
+        if armed:
+            armed = False
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        try:
+            run(main)
+        except SystemExit as ending:
+            status = ending.code
+        armed = False
+    except KeyboardInterrupt:  # after `run` had ended
+        pass
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)
