@@ -47,7 +47,7 @@ from option_types import (
 from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
-NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "SAN", "SwinIR"
+NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "Compact", "SAN", "SwinIR"
 PUBLISHED_LOSS_FLAGS = ("alpha", "feature_loss_used", "feature_distilation_type")
 L1_OF_IMAGES = "DS", "TS", "LC", "T_DS"
 SIZES = {flag for preset in TEMPLATES.values() if "model" in preset for flag in preset}
@@ -150,6 +150,8 @@ def _add_network_flags(parser):
     group.add_argument("--res_scale", type=not_negative, help="residual scaling factor (EDSR)")
     group.add_argument("--n_inner", type=size, help="number of channels in the non-local block (SAN)")
     group.add_argument("--n_modules", type=size, help="number of information multi-distillation blocks (IMDN)")
+    group.add_argument("--n_convs", type=size, help="number of convolutions between the first and the last (Compact)")
+    group.add_argument("--act_type", choices=("prelu", "relu", "leakyrelu"), help="activation function (Compact)")
     group.add_argument("--G0", type=size, help="number of feature channels outside of the dense blocks (RDN)")
     group.add_argument("--RDNkSize", type=kernel, help="kernel size outside of the dense blocks (RDN)")
     group.add_argument("--RDNconfig", type=parse_rdn_config,

@@ -15,8 +15,8 @@ from model.layout import recognise
 from model.swinir import SwinIR
 
 SCALES = 2, 3, 4, 8
-SMALL = dict(n_resgroups=2, n_resblocks=1, n_feats=16, reduction=4, n_modules=2, G0=16, RDNconfig="2,2,8", depths=[2, 1],
-             num_heads=[2, 2], window_size=4)
+SMALL = dict(n_resgroups=2, n_resblocks=1, n_feats=16, reduction=4, n_modules=2, n_convs=3, G0=16, RDNconfig="2,2,8",
+             depths=[2, 1], num_heads=[2, 2], window_size=4)
 each_network = pytest.mark.parametrize("name", NETWORKS)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from model import carn, edsr, imdn, rcan, rdn, san, swinir
+from model import carn, compact, edsr, imdn, rcan, rdn, san, swinir
 from model.common import MEAN_SHIFTS
 from model.layout import describe_nearest, recognise
 from model.loading import CheckpointError, build, on_meta_device, read_checkpoint
@@ -19,9 +19,9 @@ from system.memory_budget import free_memory
 __all__ = ["NETWORKS", "CheckpointError", "describe", "inherit", "load_model", "load_with_flags", "make_model",
            "require_rgb", "save_header", "slim"]
 
-UNDETERMINED = "res_scale", "img_range"  # names and shapes do not determine them: an explicit flag replaces the value
+UNDETERMINED = "res_scale", "img_range", "act_type"  # not in names and shapes: an explicit flag replaces the value
 FLOATS, LISTS = ("res_scale", "mlp_ratio", "img_range"), ("depths", "num_heads", "multi_scale")
-STRINGS = "carn_variant", "upsampler", "resi_connection", "RDNconfig"
+STRINGS = "act_type", "carn_variant", "upsampler", "resi_connection", "RDNconfig"
 SCALES = 1, 2, 3, 4, 8
 
 log = logging.getLogger("sr")
@@ -34,6 +34,7 @@ NETWORKS = {
     "CARN_M": (carn.CARN_M, carn.LAYOUTS_M),
     "RDN": (rdn.RDN, rdn.LAYOUTS),
     "IMDN": (imdn.IMDN, imdn.LAYOUTS),
+    "Compact": (compact.Compact, compact.LAYOUTS),
     "SAN": (san.SAN, san.LAYOUTS),
     "SwinIR": (swinir.SwinIR, swinir.LAYOUTS),
 }

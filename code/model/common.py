@@ -33,6 +33,10 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
+    def block_name(self, name: str) -> str:
+        """Return the name of a parameter in which repeated blocks are numbered, where the parameter's own name differs."""
+        return name
+
     def forward(self, lr: torch.Tensor,
                 features: bool = False) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
         """Super-resolve a batch of LR images.

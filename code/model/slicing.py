@@ -5,7 +5,7 @@ fewer channels, so that networks need no code for slicing. With the width r, an 
 r x n_feats x s^2 rows, a convolution over concatenated feature maps its first columns, and image channels remain.
 """
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from model import rdn
 from model.common import Network
 from system.errors import UserError
 
-FIXED_ARGUMENTS = "scale", "window_size", "group", "carn_variant"  # must be equal: the meaning of the parameters
+FIXED_ARGUMENTS = "scale", "window_size", "group", "carn_variant", "act_type"  # must be equal: the meaning of the parameters
 WIDTH_ARGUMENTS = "n_feats", "G0", "RDNconfig", "n_inner"  # numbers of channels, which are multiplied by the width
 CANNOT_INHERIT = "the student cannot start from the teacher's weights"
 
@@ -76,7 +76,7 @@ def inherit(student: Network, teacher: Network) -> Network:
             raise UserError(f"{CANNOT_INHERIT}: the student's {name} is {values[0]}, the teacher's {values[1]}")
     student_parameters, teacher_parameters = (dict(net.named_parameters()) for net in (student, teacher))
     reduced = []  # (number of the student's blocks, of the teacher's, indices of those taken) of each shortened sequence
-    sources = match_parameters(parameter_tree(student_parameters), parameter_tree(teacher_parameters), reduced)
+    sources = match_parameters(parameter_tree(student), parameter_tree(teacher), reduced)
     n_feats = student.n_feats, teacher.n_feats
     with torch.no_grad():
         for name, parameter in student_parameters.items():
@@ -90,12 +90,15 @@ def inherit(student: Network, teacher: Network) -> Network:
     return student
 
 
-def parameter_tree(names: Iterable[str]) -> Tree:
-    """Arrange names of parameters as nested dicts by their components; a number at the end of one is its own component."""
+def parameter_tree(net: Network) -> Tree:
+    """Arrange the names of a network's parameters as nested dicts by the components of their block names.
+
+    A number at the end of a component is its own component.
+    """
     root = {}
-    for name in names:
+    for name, _ in net.named_parameters():
         node = root
-        *components, last = [part for component in name.split(".") for part in split_number(component)]
+        *components, last = [part for component in net.block_name(name).split(".") for part in split_number(component)]
         for key in components:
             node = node.setdefault(key, {})
         node[last] = name
