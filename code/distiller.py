@@ -17,6 +17,18 @@ from system.device import autocast
 log = logging.getLogger("sr")
 
 
+class MeanTeacher(nn.Module):
+    """A teacher whose output is the mean of the outputs of several networks; it has no feature maps."""
+
+    def __init__(self, teachers: Sequence[nn.Module]):
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+
+    def forward(self, lr: torch.Tensor, features: bool = False) -> torch.Tensor:
+        """Super-resolve a batch of LR images; features: False, as the argument of `Network.forward`."""
+        return sum(net(lr).float() for net in self.teachers) / len(self.teachers)
+
+
 class Distiller(nn.Module):
     """The computation of a training step, a module that DistributedDataParallel can wrap.
 
@@ -62,9 +74,10 @@ class Distiller(nn.Module):
                 iteration: int = 0) -> tuple[torch.Tensor, torch.Tensor, LossInputs]:
         """Compute the loss of a batch.
 
-        lr: uint8 N x 3 x H x W; hr: uint8 N x 3 x sH x sW; teacher_outputs: cached outputs of k teachers, int16
-        N x 3k x sH x sW (data/teacher_cache.py). Returns the loss, the weighted value of each term without a graph, and the
-        detached inputs of the original batch, for `loss.update` after the optimiser step.
+        lr: uint8 N x 3 x H x W; hr: uint8 N x 3 x sH x sW; teacher_outputs: cached outputs of k networks, int16
+        N x 3k x sH x sW (data/teacher_cache.py), which are the teachers, or those of a `MeanTeacher`. Returns the loss, the
+        weighted value of each term without a graph, and the detached inputs of the original batch, for `loss.update` after
+        the optimiser step.
         """
         views = self.make_views(lr.to(self.device, non_blocking=True), hr.to(self.device, non_blocking=True))
         for view in views:
@@ -80,8 +93,8 @@ class Distiller(nn.Module):
         teacher = None if number is None else self.teachers[number]
         cached = None
         if teacher_outputs is not None:
-            sr = teacher_outputs[:, 3 * number:3 * number + 3].to(self.device, non_blocking=True)
-            cached = Output(self.to_input(decode(sr)))
+            sr = teacher_outputs.unflatten(1, (len(self.teachers), -1, 3))[:, number].to(self.device, non_blocking=True)
+            cached = Output(self.to_input(decode(sr).mean(1)))
         outputs = self.teacher_outputs(teacher, inputs, features, needs, cached)
         steps = [LossInputs(view.lr, view.hr, student, output and output.detach(),
                             output.sr if "teacher_grad" in need else None, view.name, view.weight, iteration, teacher,
@@ -147,6 +160,8 @@ class Distiller(nn.Module):
 
 def build_distiller(args: Namespace, student: nn.Module, teachers: Sequence[nn.Module], loss: Loss) -> Distiller:
     """Build a Distiller from the flags."""
+    if args.teacher_choice == "mean" and teachers:
+        teachers = [MeanTeacher(teachers)]
     return Distiller(student, teachers, loss, upcycle=args.upcycle, n_zoom_in=args.n_zoom_in,
                      zoom_in_tiles=args.zoom_in_tiles, label_consistency=args.label_consistency,
                      label_consistency_views=args.label_consistency_views, rgb_range=args.rgb_range,

@@ -141,7 +141,9 @@ def _add_network_flags(parser):
     group.add_argument("--model", default="RCAN", help="architecture of the student: " + ", ".join(NETWORKS))
     group.add_argument("--teacher", type=parse_list, default=None,
                        help="teacher: a checkpoint file, or the name of a network in teacher_checkpoint/. With several, "
-                            "[A,B], one is drawn at random for each batch (default: the network named by --model)")
+                            "[A,B], see --teacher_choice (default: the network named by --model)")
+    group.add_argument("--teacher_choice", choices=("random", "mean"), default="random",
+                       help="with several teachers: draw one at random for each batch, or use the mean of their outputs")
     group.add_argument("--n_resgroups", type=size, help="number of residual groups (RCAN, SAN)")
     group.add_argument("--n_resblocks", type=size,
                        help="number of residual blocks (EDSR), or of residual blocks per group (RCAN, SAN)")
@@ -217,11 +219,12 @@ def _add_view_flags(parser):
                             "transpose) of the student's input, which are undone on its output; DUKD: 0.3")
     group.add_argument("--label_consistency_views", type=parse_view_names, default="all",
                        help="inputs that --label_consistency transforms, such as original+zoom_in; DUKD: zoom_in")
-    group.add_argument("--cache_teacher", action="store_true",
+    group.add_argument("--cache_teacher", nargs="?", const=True, default=False, choices=("self_ensemble",),
                        help="compute the teacher's output once for each whole training image, keep it in the data cache (6 "
                             "bytes per HR pixel), and train with crops of it, instead of running the teacher on each crop. "
                             "This is an approximation: near the border of a crop, and for flipped or transposed crops, the "
-                            "two outputs differ. The teacher still runs for terms and inputs that need more")
+                            "two outputs differ. The teacher still runs for terms and inputs that need more. self_ensemble: "
+                            "cache the average of its outputs for 8 flips and transposes (EDSR+)")
 
 
 def _add_term_flags(parser):
@@ -430,6 +433,8 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--cache_teacher needs the data cache, which --ext img disables: give one of them")
     if args.cache_teacher and args.width_mult:
         parser.error("--cache_teacher needs a fixed teacher, but --width_mult trains it with the student: give one of them")
+    if "teacher_choice" in args.given and len(args.teacher or ()) < 2:
+        parser.error("--teacher_choice applies to several teachers: give --teacher [A,B]")
     if args.warmup >= args.epochs * args.test_every and args.warmup:
         parser.error(f"--warmup {args.warmup} must be shorter than the run, which has {args.epochs * args.test_every} "
                      "iterations (--epochs x --test_every)")

@@ -11,7 +11,7 @@ ALL_FLAGS = (  # one value that is no default, of each flag
     "--reduction 4 --res_scale 0.1 --n_inner 2 --n_modules 3 --n_convs 2 "
     "--act_type relu --G0 4 --RDNkSize 3 --RDNconfig 4,3,16 --group 2 "
     "--multi_scale 2+3 --carn_variant CSD --depths [2,2] --num_heads 2,2 --window_size 4 --mlp_ratio 1.5 "
-    "--upsampler nearest+conv "
+    "--upsampler nearest+conv --teacher_choice mean "
     "--resi_connection 3conv --img_range 2 --width_mult 0.5 --init_from_teacher --pre_train p.pt --loss "
     "1e-05*DS+1*GAN --features 0,3 --pool_size 2 --pool_type avg --P 3 --rbf_gamma 2 --upcycle "
     "0.5*zoom_in+1e-07*zoom_out --n_zoom_in 2 --view_terms DS+GAN --label_consistency 0.3 --label_consistency_views "
@@ -38,7 +38,7 @@ def test_the_list_above_has_all_flags():
 
 
 @pytest.mark.parametrize("line", [
-    "", "--cache_teacher", ALL_FLAGS,
+    "", "--cache_teacher", "--cache_teacher self_ensemble", ALL_FLAGS,
     "--published DUKD/RCAN/x3 --rgb_range 1",
     "--template FAKD+RCAN_student --lr 1", "--template DUKD --upcycle 1*zoom_out", "--template CSD --cpu",
     "--alpha 0.25 --feature_loss_used 1 --feature_distilation_type 2*CA", "--template DCKD --decay cosine",

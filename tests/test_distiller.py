@@ -60,6 +60,33 @@ def test_cached_teacher_outputs_take_the_place_of_the_teacher(monkeypatch):
     assert (inputs.teacher.sr == 138).all()  # 128 + 10, in the fixed point of data/teacher_cache.py
 
 
+@pytest.mark.parametrize("more", ["", "--teacher_choice mean"])
+def test_of_several_cached_outputs_one_is_used_or_their_mean(more):
+    distiller = make_distiller(f"--loss 1*TS --upcycle= --label_consistency 0 --teacher A+B+C {more}", teachers=3)
+    outputs = torch.tensor([0, 10, 26], dtype=torch.int16).repeat_interleave(3).view(1, 9, 1, 1).expand(4, 9, 16, 16) * 128
+    found = {step(distiller, *batch(), outputs)[2].teacher.sr.unique().item() for _ in range(3)}
+    assert found == {140} if more else found < {128, 138, 154} and len(found) == 1  # `step` draws equal random numbers
+
+
+def test_the_mean_of_running_teachers_on_every_view_and_for_other_inputs():
+    line = "--loss 1*TS+1*LC --label_consistency 0 --teacher A+B --teacher_choice mean"
+    distiller, (lr, hr) = make_distiller(line, teachers=2), batch()
+    _, _, inputs = step(distiller, lr, hr)
+    a, b = (net(lr.float()) for net in distiller.teachers[0].teachers)
+    assert torch.allclose(inputs.teacher.sr, (a + b) / 2, atol=1e-3) and not torch.allclose(a, b, atol=1)
+    assert torch.allclose(inputs.forward(inputs.teacher_net, lr.float()), (a + b) / 2, atol=1e-3)
+    assert not any(p.requires_grad for p in distiller.teachers.parameters())
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--teacher RCAN --teacher_choice mean", "applies to several teachers"),
+    ("--teacher RCAN+EDSR --teacher_choice mean --loss 1*TS+1*SA", "1*TS+1*SA compares feature maps"),
+])
+def test_what_has_no_mean_is_refused(run_main, line, words):
+    status, _, err = run_main("train", f"--cpu --scale 2 --ckp_dir absent {line}")
+    assert status == 2 and len(err) == 1 and words in err[0]
+
+
 def test_torch_compile_wraps_it():
     tensors, found = batch(), []
     for wrap in (lambda module: module, lambda module: torch.compile(module, backend="eager")):

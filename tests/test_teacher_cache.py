@@ -14,7 +14,7 @@ from data import Crops, teacher_cache
 from data.cache import Store
 from data.dataset import orient
 from data.teacher_cache import decode, encode
-from inference import chop
+from inference import chop, upscale
 from model import load_model
 from model.edsr import EDSR
 from test_training import TINY, rows, teacher  # noqa: F401 - a fixture
@@ -172,10 +172,30 @@ def test_another_teacher_another_precision_or_another_image_is_computed_anew(run
     ("--loss 1*DS", "no term of 1*DS uses a teacher"),
     ("--loss 1*TS --ext img", "--ext img disables"),
     ("--loss 1*DS+1*T_DS --width_mult 0.5", "needs a fixed teacher"),
+    ("self_ensemble --loss 1*TS+1*SA", "without self-ensemble, for SA (original batch)"),
+    ("self_ensemble --loss 1*LC", "without self-ensemble, for LC (original batch)"),
+    ("twice --loss 1*TS", "'twice'"),
 ])
 def test_where_no_output_can_be_cached(run_main, flags, teacher, more, words, capsys):  # noqa: F811
     status, _, err = run_main("train", flags + f"--teacher {teacher} --cache_teacher {more}")
     assert status == 2 and err[-1].startswith("error: ") and words in err[-1]
+
+
+def test_the_self_ensemble_is_cached_beside_the_plain_output(run_main, flags, teacher, calls, root):  # noqa: F811
+    line = flags + f"--teacher {teacher} --loss 1*TS --cache_teacher "
+    assert run_main("train", line)[0] == 0 and calls == [(1, 28, 32)] * 4
+    assert run_main("train", line + "self_ensemble --reset")[0] == 0 and outputs(root) == 8
+    assert calls[4:] == ([(1, 28, 32)] * 4 + [(1, 32, 28)] * 4) * 4
+    calls.clear()
+    assert run_main("train", line + "self_ensemble --reset")[0] == 0 and not calls
+    args = option.parse(line.split() + ["self_ensemble"])
+    crops, net = Crops(args), load_model(teacher)
+    teacher_cache.cache_outputs(crops, [net], [teacher], torch.device("cpu"), args)
+    images, (kind,) = crops.sets[0], crops.teacher_kinds
+    x = torch.tensor(np.array(images.lr(0))).permute(2, 0, 1)[None].float()
+    found = decode(torch.from_numpy(np.array(images.teacher_output(0, kind, None)))).permute(2, 0, 1)
+    assert torch.allclose(found, upscale(net, x, self_ensemble=True)[0], atol=0.004)
+    assert not torch.allclose(found, upscale(net, x)[0], atol=0.1)
 
 
 def test_an_output_that_was_removed_is_missed(root, teacher):  # noqa: F811

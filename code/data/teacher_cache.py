@@ -1,8 +1,9 @@
 """Cached teacher outputs (--cache_teacher): computed once for every training image, as 16-bit fixed point.
 
 An output is stored in the cache of the images (data/cache.py) as int16 H x W x 3. The unit is 1/128 of a grey level, so that
-the range is -128 to 384 and the error at most 1/256. The name of the kind contains the digest of the teacher's checkpoint,
-the scale and the precision, on which the output depends. An interrupted computation continues from the last image.
+the range is -128 to 384 and the error at most 1/256. The name of the kind contains what the output depends on: the digest of
+the teacher's checkpoint, the scale, the precision, and whether it is a self-ensemble. An interrupted computation continues
+from the last image.
 """
 import logging
 from argparse import Namespace
@@ -38,14 +39,15 @@ def decode(outputs: torch.Tensor) -> torch.Tensor:
 
 def kind_of(path: Path | str, args: Namespace) -> str:
     """Return the kind, in the cache, of the outputs of the teacher in that checkpoint."""
-    return f"SR_X{args.scale}_{digest_of(path)[:16]}_{args.precision}"
+    ensemble = "_self_ensemble" * (args.cache_teacher == "self_ensemble")
+    return f"SR_X{args.scale}_{digest_of(path)[:16]}_{args.precision}{ensemble}"
 
 
 def teacher_output(net: nn.Module, images: Images, index: int, device: torch.device, args: Namespace) -> np.ndarray:
     """Compute the output of the network for a full LR image, in tiles, and return it encoded."""
     x = torch.tensor(images.lr(index)).permute(2, 0, 1)[None].float() * (args.rgb_range / 255)
     with autocast(device, args.precision):
-        sr = inference.chop(net, x)
+        sr = inference.upscale(net, x, tiled=True, self_ensemble=args.cache_teacher == "self_ensemble")
     return encode(sr[0].float() * (255 / args.rgb_range))
 
 
@@ -77,13 +79,17 @@ def uncached_uses(loss: Loss, views: Iterable[PlannedView]) -> list[str]:
 def prepare(crops: Crops, loss: Loss, context: Context, paths: Iterable[Path | str], device: torch.device) -> None:
     """Cache the teacher outputs for the original batch, unless the teacher runs on it in any case, which is logged.
 
-    paths: the checkpoint of each teacher. Raises UserError if no term of the loss uses a teacher.
+    paths: the checkpoint of each teacher. Raises UserError if no term of the loss uses a teacher, or where the
+    self-ensemble of a teacher is requested that runs on the original batch in any case.
     """
     needs = loss.needs_on("original", True)
     running = ", ".join(uncached_uses(loss, context.views))
     if not needs & {"teacher", "teacher_net"}:
         raise UserError(f"--cache_teacher: no term of {context.args.loss} uses a teacher")
     if "teacher" not in needs or needs & {"features", "teacher_grad"}:
+        if context.args.cache_teacher == "self_ensemble":
+            raise UserError(f"--cache_teacher self_ensemble: the teacher runs on every batch, without self-ensemble, for "
+                            f"{running}; leave out these terms, or self_ensemble")
         log.info("--cache_teacher has no effect: the teacher runs on every batch for %s", running)
         return
     cache_outputs(crops, context.teachers, paths, device, context.args)

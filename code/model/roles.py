@@ -20,6 +20,9 @@ def make_networks(args: Namespace, needs: Set[str]) -> tuple[Network | Slice, li
     if args.width_mult:
         full_network = make_full_network(args)
         return slim(full_network, args.width_mult), [full_network]
+    if args.teacher_choice == "mean" and "features" in needs:
+        raise UserError(f"--teacher_choice mean: {args.loss} compares feature maps, of which several teachers have no mean; "
+                        "give --teacher_choice random")
     if args.init_from_teacher and len(args.teacher) > 1:
         raise UserError(f"--init_from_teacher copies the weights of one teacher, --teacher names {len(args.teacher)}")
     student = make_student(args)  # before the teachers, so that its initial weights depend on the seed only
