@@ -119,13 +119,13 @@ def picture(images: "Images", methods: dict[str, Callable], most: int = 4) -> by
     return buffer.getvalue()
 
 
-def hardest(hr: np.ndarray, sr: np.ndarray) -> tuple[slice, slice]:
-    """Return the slices of the CROP x CROP window, on a grid of half windows, with the largest squared error."""
+def hardest(hr: np.ndarray, sr: np.ndarray, side: int = CROP) -> tuple[slice, slice]:
+    """Return the slices of the side x side window, on a grid of half windows, with the largest squared error."""
     error = ((hr.astype(float) - sr) ** 2).mean(2)
-    starts = [range(0, max(size - CROP, 0) + 1, CROP // 2) for size in error.shape]
+    starts = [range(0, max(size - side, 0) + 1, max(side // 2, 1)) for size in error.shape]
     top, left = max(((y, x) for y in starts[0] for x in starts[1]),
-                    key=lambda at: error[at[0]:at[0] + CROP, at[1]:at[1] + CROP].mean())
-    return np.s_[top:top + CROP, left:left + CROP]
+                    key=lambda at: error[at[0]:at[0] + side, at[1]:at[1] + side].mean())
+    return np.s_[top:top + side, left:left + side]
 
 
 def crop_psnr(sr: np.ndarray, hr: np.ndarray) -> float:

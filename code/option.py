@@ -1,4 +1,4 @@
-"""The flags of train.py, test.py, compare.py and summary.py. Imports no torch, so that --help is instant."""
+"""The flags of train.py, test.py, compare.py, visualize.py and summary.py. Imports no torch, so that --help is instant."""
 import argparse
 import difflib
 import os
@@ -26,6 +26,7 @@ from option_types import (
     parse_names,
     parse_numbers,
     parse_once,
+    parse_point,
     parse_rdn_config,
     parse_scales,
     parse_steps,
@@ -76,14 +77,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def make_parser() -> Parser:
-    """Build the parser of the flags that train.py, test.py, compare.py and summary.py share."""
+    """Build the parser of the flags that train.py, test.py, compare.py, visualize.py and summary.py share."""
     parser = Parser(usage="%(prog)s [@FILE] [--FLAG VALUE ...]", allow_abbrev=False, formatter_class=Help,
                     description="Knowledge distillation for super-resolution. train.py trains a student network, test.py "
-                                "computes PSNR and SSIM or upscales images, compare.py compares networks, summary.py counts "
-                                "parameters and FLOPs. All accept the flags below. @FILE reads flags from a file, one per "
-                                "line, such as the config.txt of a run.")
+                                "computes PSNR and SSIM or upscales images, compare.py compares networks, visualize.py "
+                                "draws errors and feature affinities, summary.py counts parameters and FLOPs. All accept "
+                                "the flags below. @FILE reads flags from a file, one per line, such as the config.txt of a "
+                                "run.")
     for add_flags in (_add_device_flags, _add_data_flags, _add_network_flags, _add_loss_flags, _add_view_flags,
-                      _add_term_flags, _add_training_flags, _add_experiment_flags, _add_testing_flags):
+                      _add_term_flags, _add_training_flags, _add_experiment_flags, _add_testing_flags,
+                      _add_visualization_flags):
         add_flags(parser)
     return parser
 
@@ -316,7 +319,7 @@ def _add_testing_flags(parser):
     group = parser.add_argument_group("testing")
     group.add_argument("--ckp_path", default="",
                        help="checkpoint file to test, whose architecture, sizes and scale are detected; compare.py, "
-                            "summary.py: several, LABEL=FILE+LABEL=FILE")
+                            "visualize.py, summary.py: several, LABEL=FILE+LABEL=FILE")
     group.add_argument("--TS", choices=("T", "S"), default="S",
                        help="test the student (S) or the teacher (T), whose checkpoint is --ckp_path, or for T without "
                             "--ckp_path that of --teacher")
@@ -326,6 +329,14 @@ def _add_testing_flags(parser):
                             "with global operations, whose results depend on the tiles)")
     group.add_argument("--self_ensemble", action="store_true", help="average the outputs for 8 flips and transposes (EDSR+)")
 
+
+def _add_visualization_flags(parser):
+    group = parser.add_argument_group("visualize.py")
+    group.add_argument("--image", help="name of the image of --data_test (default: the first one)")
+    group.add_argument("--point", type=parse_point,
+                       help="pixel X,Y of HR, from the top left, whose affinity to the pixels around it is shown (default: "
+                            "the strongest edge where bicubic upscaling has the largest error)")
+    group.add_argument("--crop", type=size, help="side in HR pixels of the crop around that pixel (default: 96)")
 
 
 def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.Namespace:

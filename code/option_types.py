@@ -181,6 +181,14 @@ def parse_features(string: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def parse_point(string: str) -> tuple[int, int]:
+    """Parse 'X,Y', the position of a pixel, as (X, Y)."""
+    match = re.fullmatch("([0-9]{1,9}),([0-9]{1,9})", string.strip("() ").replace(" ", ""))
+    if not match:
+        raise argparse.ArgumentTypeError(f"{string[:40]!r} is not a position X,Y such as 120,64")
+    return int(match[1]), int(match[2])
+
+
 def parse_rdn_config(string: str) -> str:
     """Parse 'A', 'B' or 'D,C,G', which becomes A or B if it is one of them, as in checkpoint files."""
     config = string.strip("[()] ").replace(" ", "")
