@@ -73,7 +73,7 @@ def load(args: SimpleNamespace) -> dict:
 
     Returns {label: network}.
     """
-    from model import load_model, load_with_flags  # noqa: PLC0415
+    from model import fuse, load_model, load_with_flags  # noqa: PLC0415
     from model.teachers import teacher_path  # noqa: PLC0415
 
     named = parse_labelled(args.ckp_path)
@@ -84,7 +84,7 @@ def load(args: SimpleNamespace) -> dict:
     nets = {}
     for label, name in named.items():
         path = teacher_path(name, args.scale, "--ckp_path")
-        nets[label] = load_with_flags(path, args) if path == name else load_model(path)
+        nets[label] = fuse(load_with_flags(path, args) if path == name else load_model(path))
     if len({net.scale for net in nets.values()}) > 1:
         scales = ", ".join(f"{label} x{net.scale}" for label, net in nets.items())
         raise UserError(f"--ckp_path: the checkpoints are for different scales, {scales}; compare those of one scale")

@@ -24,6 +24,7 @@ import inference
 from data import Images, degrade
 from data.image import write_image
 from metric import psnr, ssim
+from model.reparameterisation import fuse
 from system import distributed
 from system.device import autocast
 from system.errors import UserError, writing
@@ -48,8 +49,10 @@ def by_network(net: nn.Module, device: torch.device, args: Namespace,
     """Return a function that upscales a uint8 H x W x 3 image with the network.
 
     It applies --precision, --chop and --self_ensemble, and raises FloatingPointError, with the label of the network, where
-    an output is NaN or infinite.
+    an output is NaN or infinite. Re-parameterised convolutions are fused once, with the weights of this call.
     """
+    net = fuse(net)
+
     def upscale(lr):
         # a tiled image stays in main memory, and only its tiles are moved to the device
         x = torch.from_numpy(np.array(lr)).permute(2, 0, 1)[None].to("cpu" if args.chop else device).float()

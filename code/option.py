@@ -48,7 +48,7 @@ from option_types import (
 from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
-NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "Compact", "SAN", "SwinIR"
+NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "Compact", "SPAN", "SAN", "SwinIR"
 PUBLISHED_LOSS_FLAGS = ("alpha", "feature_loss_used", "feature_distilation_type")
 L1_OF_IMAGES = "DS", "TS", "LC", "T_DS"
 SIZES = {flag for preset in TEMPLATES.values() if "model" in preset for flag in preset}
@@ -157,6 +157,9 @@ def _add_network_flags(parser):
     group.add_argument("--n_modules", type=size, help="number of information multi-distillation blocks (IMDN)")
     group.add_argument("--n_convs", type=size, help="number of convolutions between the first and the last (Compact)")
     group.add_argument("--act_type", choices=("prelu", "relu", "leakyrelu"), help="activation function (Compact)")
+    group.add_argument("--reparameterise", choices=("none", "Conv3XC", "ECB", "DOConv"),
+                       help="block of more parameters that each 3x3 convolution is in training; in tests it is a plain "
+                            "convolution, with the same output (Compact: none, SPAN: Conv3XC)")
     group.add_argument("--G0", type=size, help="number of feature channels outside of the dense blocks (RDN)")
     group.add_argument("--RDNkSize", type=kernel, help="kernel size outside of the dense blocks (RDN)")
     group.add_argument("--RDNconfig", type=parse_rdn_config,
@@ -177,7 +180,7 @@ def _add_network_flags(parser):
     group.add_argument("--resi_connection", choices=("1conv", "3conv"),
                        help="convolutions at the end of each residual group (SwinIR)")
     group.add_argument("--img_range", type=positive_number,
-                       help="maximum pixel value inside the network, to which its input is rescaled (SwinIR)")
+                       help="maximum pixel value inside the network, to which its input is rescaled (SwinIR, SPAN)")
     group.add_argument("--width_mult", type=positive_number,
                        help="train the first channels of the teacher, this fraction of them, as the student, which shares "
                             "its weights with the teacher (CSD); test.py: test that part of the network")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 EDSR_SITE = "https://cv.snu.ac.kr/research/EDSR/models/"
 SWINIR_SITE = "https://github.com/JingyunLiang/SwinIR/releases/download/v0.0/"
+REALESRGAN_SITE = "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.2.5.0/"
 TORCH_SITE = "https://download.pytorch.org/models/"
 FAKD_PAGE = "github.com/Vincent-Hoo/Knowledge-Distillation-for-Super-resolution"
 
@@ -50,6 +51,10 @@ TEACHERS = [
     Release("CARN_M", (2, 3, 4), "carn_m.pth", "github.com/nmhkahn/CARN-pytorch"),
     *each_scale("RDN", "rdn_x{scale}.pt", "github.com/sanghyun-son/EDSR-PyTorch"),
     *each_scale("IMDN", "IMDN_x{scale}.pth", "github.com/Zheng222/IMDN"),
+    *each_scale("SPAN", "spanx{scale}_ch52.pth", "github.com/hongyuanyu/SPAN", (2, 4)),
+    *each_scale("SPAN_S", "spanx{scale}_ch48.pth", "github.com/hongyuanyu/SPAN", (2, 4)),
+    Release("Compact", (4,), "realesr-general-x4v3.pth", REALESRGAN_SITE),  # for degraded photos, not for bicubic LR images
+    Release("Compact_anime", (4,), "realesr-animevideov3.pth", REALESRGAN_SITE),
 ]
 LOSS_NETWORKS = [  # fixed feature extractors of loss terms: VGG and CSD, DCR and DMM
     Release("vgg19", (), "vgg19-dcbb9e9d.pth", TORCH_SITE),

@@ -21,9 +21,10 @@ WIDTH, HEIGHT = 1280, 720  # of the output, as in the papers
 COLUMNS = "network", "", "scale", "parameters", "GFLOPs", "receptive field", "weights MB", "feature maps MB"
 NOTES = f"""\
 For an output of {WIDTH} x {HEIGHT}: LR images of {WIDTH} / scale x {HEIGHT} / scale pixels, rounded up.
-parameters: the trained ones. GFLOPs: of convolutions, matrix products and attention, two per multiply-add (papers mostly
-count one). receptive field: LR pixels to each side. MB (10^6 bytes): of the weights, and the peak of the feature maps in a
-forward pass in float32 without --chop or gradients; computed from shapes, without the workspaces of the kernels."""
+parameters: the trained ones; re-parameterised convolutions are fused. GFLOPs: of convolutions, matrix products and
+attention, two per multiply-add (papers mostly count one). receptive field: LR pixels to each side. MB (10^6 bytes): of the
+weights, and the peak of the feature maps in a forward pass in float32 without --chop or gradients; computed from shapes,
+without the workspaces of the kernels."""
 
 
 def main() -> int:
@@ -43,14 +44,14 @@ def main() -> int:
 
 def load(args: SimpleNamespace) -> list[tuple]:
     """Load the networks of --ckp_path LABEL=FILE+..., or build the one that the flags describe: [(label, network)]."""
-    from model import load_with_flags, make_model  # noqa: PLC0415
+    from model import fuse, load_with_flags, make_model  # noqa: PLC0415
     from model.slicing import narrow_network  # noqa: PLC0415
 
     nets = [(label, load_with_flags(path, args)) for label, path in parse_labelled(args.ckp_path).items()]
     if not nets:
         net = make_model(args.model, args)
         nets = [(args.template or args.model, narrow_network(net, args.width_mult) if args.width_mult else net)]
-    return nets
+    return [(label, fuse(net)) for label, net in nets]
 
 
 def describe(label: str, net: "Network | Slice") -> tuple[str, ...]:

@@ -33,4 +33,11 @@ TEMPLATES = {
     "RDN_A": dict(model="RDN", G0=64, RDNkSize=3, RDNconfig="A"),                    # 5.54M
     "RDN_B": dict(model="RDN", G0=64, RDNkSize=3, RDNconfig="B"),                    # 22.12M
     "IMDN": dict(model="IMDN", n_feats=64, n_modules=6),                             # 0.694M
+    "SPAN": dict(model="SPAN", n_feats=52),                                          # 0.481M, fused
+    "SPAN_S": dict(model="SPAN", n_feats=48),                                        # 0.411M, fused
+    "SPAN_student": dict(model="SPAN", n_feats=28),                                  # 0.142M, fused
+    # no published sizes: each takes twice the time of the one before it (figure/README.md)
+    "Compact_S": dict(model="Compact", n_feats=32, n_convs=4, act_type="prelu"),     # 0.042M
+    "Compact_M": dict(model="Compact", n_feats=32, n_convs=9, act_type="prelu"),     # 0.088M
+    "Compact_L": dict(model="Compact", n_feats=48, n_convs=9, act_type="prelu"),     # 0.194M
 }

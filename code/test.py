@@ -16,7 +16,7 @@ def main() -> int:
     args = option.parse(training=False)
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
     from data import make_benchmarks  # noqa: PLC0415
-    from model import describe, load_with_flags  # noqa: PLC0415
+    from model import describe, fuse, load_with_flags  # noqa: PLC0415
     from model.teachers import teacher_path  # noqa: PLC0415
     from system.device import pick_device  # noqa: PLC0415
     from system.logger import start_logging  # noqa: PLC0415
@@ -27,7 +27,7 @@ def main() -> int:
     if not args.ckp_path and len(args.teacher) > 1:
         raise UserError(f"--teacher [{','.join(args.teacher)}]: give one teacher; compare.py scores several")
     path = Path(args.ckp_path or teacher_path(args.teacher[0], args.scale))
-    net = load_with_flags(path, args)
+    net = fuse(load_with_flags(path, args))
     args.scale = net.scale
     benchmarks = make_benchmarks(args)
     device = pick_device(args)

@@ -70,7 +70,8 @@ def test_bf16_is_close(name):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         low = net(x)
     with torch.no_grad():
-        assert low.dtype == torch.float32 and torch.allclose(low, net(x), atol=0.02 * 255)
+        expected = net(x)  # an untrained SPAN puts out values far above 255
+    assert low.dtype == torch.float32 and torch.allclose(low, expected, atol=0.02 * max(255, expected.abs().max()))
 
 
 @each_network

@@ -1,9 +1,11 @@
-"""Compact against the authors' outputs, its sizes, receptive field and slices."""
+"""Compact and SPAN against the authors' outputs: sizes, forms of files, receptive field, inherited weights."""
 import pytest
 import torch
 
-from model import CheckpointError, inherit, load_model, save_header
+import inference
+from model import CheckpointError, fuse, inherit, load_model, save_header
 from model.compact import Compact
+from model.span import SPAN
 from system.errors import UserError
 
 SMALL = [*[dict(scale=scale, n_feats=8, n_convs=3) for scale in (2, 3, 4, 8)],
@@ -102,3 +104,114 @@ def test_a_shallower_student_inherits_evenly_spaced_convolutions():
     assert torch.equal(student.body[8].weight, teacher.body[12].weight[:, :4])
     with pytest.raises(UserError, match="the student's act_type is relu, the teacher's prelu"):
         inherit(Compact(2, n_feats=4, act_type="relu"), teacher)
+
+
+# ---- SPAN
+
+def span_files(golden, name, tmp_path):
+    """The authors' file, without the fused kernels, with them alone, and with them named as convolutions."""
+    path, x, arrays, about = golden(name)
+    state = torch.load(path, weights_only=True)
+    fused = fuse(load_model(path)).state_dict()
+    branches = [key.removesuffix("sk.weight") for key in state if key.endswith("sk.weight")]
+    authors = {}
+    for key, value in fused.items():
+        prefix, _, kind = key.rpartition(".")
+        authors[f"{prefix}.eval_conv.{kind}" if f"{prefix}." in branches else key] = value
+    states = dict(authors=state, branches={key: value for key, value in state.items() if "eval_conv" not in key},
+                  eval_conv=authors, convolutions=fused)
+    for form, tensors in states.items():
+        torch.save({"params": {}, "params_ema": tensors}, tmp_path / f"{form}.pth")
+    return {form: tmp_path / f"{form}.pth" for form in states}, x, arrays, about
+
+
+@pytest.mark.parametrize("name", ["span_x2", "span_x4"])
+def test_every_form_of_span_agrees_with_the_authors(golden, tmp_path, name):
+    files, x, arrays, about = span_files(golden, name, tmp_path)
+    for form, path in files.items():
+        net = load_model(path)
+        net.rgb_range = 1
+        training = form in ("authors", "branches")
+        assert net.config == dict(scale=int(name[-1]), n_feats=24, img_range=255,
+                                  reparameterise="Conv3XC" if training else "none")
+        assert parameters(net) == about["params" if training else "params_fused"]
+        with torch.no_grad():
+            for one in (net, fuse(net), net.train()):
+                sr, feature_maps = one(x, features=True)
+                for expected in (arrays["output"], arrays["output_train_mode"]):
+                    assert (sr - expected).abs().max() <= 1e-5 * expected.abs().max()
+                assert [list(f.shape) for f in feature_maps] == [[len(x), 24, *x.shape[2:]]] * 4
+            net.rgb_range = 255
+            assert torch.allclose(net(x * 255), sr * 255, rtol=1e-4, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["span_x2", "span_x4"])
+def test_span_agrees_where_every_tensor_counts(golden, tmp_path, name):
+    path, x, arrays, _ = golden(name)
+    state = torch.load(path, weights_only=True)
+    for key, value in state.items():
+        if key.startswith("block_") and key.endswith((".conv.1.weight", ".sk.weight")):
+            value *= 1.5
+    torch.save(state, tmp_path / "gain.pth")
+    net, expected = load_model(tmp_path / "gain.pth"), arrays["output_gain_1.5"]
+    net.rgb_range = 1
+    with torch.no_grad():
+        for one in (net, fuse(net)):
+            assert (one(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["span_x2", "span_x4"])
+def test_fused_kernels_are_the_authors(golden, name):
+    path, _, arrays, _ = golden(name)
+    fused = fuse(load_model(path)).state_dict()
+    for key in ("conv_1.", "block_1.c2_r."):
+        for kind in ("weight", "bias"):
+            assert torch.allclose(fused[key + kind], arrays[f"{key}eval_conv.{kind}"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes, millions", [  # the paper, with fused convolutions, and its team's network of NTIRE
+    (dict(scale=2, n_feats=52), "0.481"), (dict(scale=4, n_feats=52), "0.498"), (dict(scale=2), "0.411"),
+    (dict(scale=4), "0.426"), (dict(scale=4, n_feats=28), "0.151")])
+def test_parameter_counts_of_span(sizes, millions):
+    assert f"{parameters(SPAN(**sizes, reparameterise='none')) / 1e6:.3f}" == millions
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4, 8])
+@pytest.mark.parametrize("form", ["Conv3XC", "none"])
+def test_receptive_field_of_span_is_exact(scale, form):
+    net = SPAN(scale, n_feats=2, reparameterise=form).double().requires_grad_(False)
+    for p in net.parameters():
+        p.fill_(1 if p.ndim > 1 else 0)
+    reach = net.receptive_field
+    centre = reach + 2
+    lr = (255 * net.mean).repeat(1, 1, 2 * centre + 1, 2 * centre + 1)  # 0 after the subtraction of the mean
+    lr[..., centre, centre] = 255
+    affected = torch.nonzero(net(lr)[0, 0]) // scale - centre
+    assert affected.amin(0).tolist() == [-reach] * 2 and affected.amax(0).tolist() == [reach] * 2
+
+
+@pytest.mark.parametrize("make", [lambda: Compact(2, n_feats=4, n_convs=3), lambda: SPAN(2, n_feats=4)])
+def test_tiles_equal_the_whole_image(make):
+    torch.manual_seed(0)
+    net = make().double().eval()
+    lr = 255 * torch.rand(1, 3, 61, 75, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(inference.chop(net, lr, tile=9), net(lr), rtol=1e-10, atol=1e-9)
+
+
+def test_another_maximum_inside_span_can_be_given(golden):
+    path, x, *_ = golden("span_x2")
+    net = load_model(path, img_range=1)
+    assert net.config["img_range"] == 1 and not torch.allclose(net(x), load_model(path)(x))
+
+
+@pytest.mark.parametrize("key, message", [
+    ("conv_1.sk.weight", "looks like SPAN .*no conv_1.sk.weight"),
+    ("conv_cat.bias", "nearly SPAN .*conv_cat.bias is missing"),
+    ("block_6.c3_r.conv.1.weight", "looks like SPAN .*no block_6.c3_r.conv.1.weight")])
+def test_an_incomplete_span_is_refused(golden, tmp_path, key, message):
+    state = torch.load(golden("span_x2")[0], weights_only=True)
+    del state[key]
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "a.pth")

@@ -9,7 +9,7 @@ ALL_FLAGS = (  # one value that is no default, of each flag
     "[A,B] --data_test Set5+Demo --dir_demo d --data_range 1-8/9-10 --ext img --dir_cache c --scale 2 --patch_size 64 "
     "--no_augment --rgb_range 1 --model SwinIR --teacher [RCAN,x.pt] --n_resgroups 2 --n_resblocks 3 --n_feats 8 "
     "--reduction 4 --res_scale 0.1 --n_inner 2 --n_modules 3 --n_convs 2 "
-    "--act_type relu --G0 4 --RDNkSize 3 --RDNconfig 4,3,16 --group 2 "
+    "--act_type relu --reparameterise ECB --G0 4 --RDNkSize 3 --RDNconfig 4,3,16 --group 2 "
     "--multi_scale 2+3 --carn_variant CSD --depths [2,2] --num_heads 2,2 --window_size 4 --mlp_ratio 1.5 "
     "--upsampler nearest+conv --teacher_choice mean "
     "--resi_connection 3conv --img_range 2 --width_mult 0.5 --init_from_teacher --pre_train p.pt --loss "

@@ -15,7 +15,7 @@ LAYOUTS = {
     "rcan_x2": ("RCAN", "EDSR-PyTorch"), "fakd_rcan_x4": ("RCAN", "FAKD"), "basicsr_rcan_x2": ("RCAN", "BasicSR"),
     "san_x2": ("SAN", "the authors"), "carn_x2": ("CARN", "the authors"),
     "carn_m_multi_x2": ("CARN_M", "the authors"), "rdn_A_x2": ("RDN", "EDSR-PyTorch"), "imdn_x2": ("IMDN", "the authors"),
-    "compact_x2": ("Compact", "Real-ESRGAN"),
+    "compact_x2": ("Compact", "Real-ESRGAN"), "span_x2": ("SPAN", "the authors"),
     "swinir_classical_x4": ("SwinIR", "the authors"), "swinir_light_x2": ("SwinIR", "the authors"),
 }
 each_layout = pytest.mark.parametrize("golden_name", LAYOUTS)

@@ -248,7 +248,7 @@ def test_the_mean_over_orientations_of_a_function_without_is_its_result(height, 
 SMALL = {"EDSR": dict(n_resblocks=2, n_feats=4), "RCAN": dict(n_resgroups=1, n_resblocks=1, n_feats=4, reduction=2),
          "CARN": dict(n_feats=4), "CARN_M": dict(n_feats=4), "RDN": dict(G0=4, RDNconfig="2,2,4"),
          "IMDN": dict(n_feats=16, n_modules=2), "SAN": dict(n_resgroups=1, n_resblocks=1, n_feats=8, reduction=2),
-         "Compact": dict(n_feats=4, n_convs=2),
+         "Compact": dict(n_feats=4, n_convs=2), "SPAN": dict(n_feats=4),
          "SwinIR": dict(n_feats=4, depths=[1], num_heads=[1], window_size=4, mlp_ratio=1)}
 
 

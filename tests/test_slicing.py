@@ -17,6 +17,7 @@ NETS = {
     "CARN": dict(n_feats=16),
     "RDN": dict(G0=16, RDNconfig="2,2,8"),
     "Compact": dict(n_feats=16, n_convs=3),
+    "SPAN": dict(n_feats=16),
 }
 
 
@@ -149,6 +150,7 @@ SHALLOW = {
     "RDN": (dict(G0=16, RDNconfig="4,2,8"), dict(G0=8, RDNconfig="3,2,4")),
     "IMDN": (dict(n_feats=64, n_modules=4), dict(n_feats=32, n_modules=2)),
     "Compact": (dict(n_feats=16, n_convs=5), dict(n_feats=8, n_convs=3)),
+    "SPAN": (dict(n_feats=16), dict(n_feats=8)),
 }
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import option
-from model import make_model
+from model import fuse, make_model
 from template import TEMPLATES
 
 PUBLISHED = {  # millions at each scale, in the published digits
@@ -24,6 +24,8 @@ PUBLISHED = {  # millions at each scale, in the published digits
     "RDN_A": {2: "5.54"},
     "RDN_B": {2: "22.12", 3: "22.31", 4: "22.27"},
     "IMDN": {2: "0.694404", 3: "0.703059", 4: "0.715176"},
+    "SPAN": {2: "0.481", 4: "0.498"}, "SPAN_S": {2: "0.411", 4: "0.426"}, "SPAN_student": {4: "0.151"},
+    "Compact_S": {2: "0.042"}, "Compact_M": {2: "0.088"}, "Compact_L": {2: "0.194"},  # not published
 }
 CASES = [(name, scale) for name, scales in PUBLISHED.items() for scale in scales]
 
@@ -36,7 +38,7 @@ def test_every_template_of_a_network_is_counted():
 def test_parameters_are_the_published_ones(name, scale):
     args = option.parse(["--template", name, "--scale", str(scale)])
     with torch.device("meta"):
-        net = make_model(args.model, args)
+        net = fuse(make_model(args.model, args))
     millions = PUBLISHED[name][scale]
     digits = len(millions.partition(".")[2])
     assert f"{sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6:.{digits}f}" == millions

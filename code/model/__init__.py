@@ -8,20 +8,21 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from model import carn, compact, edsr, imdn, rcan, rdn, san, swinir
+from model import carn, compact, edsr, imdn, rcan, rdn, san, span, swinir
 from model.common import MEAN_SHIFTS
 from model.layout import describe_nearest, recognise
 from model.loading import CheckpointError, build, on_meta_device, read_checkpoint
+from model.reparameterisation import fuse
 from model.slicing import inherit, narrow_network, slim
 from system.errors import UserError
 from system.memory_budget import free_memory
 
-__all__ = ["NETWORKS", "CheckpointError", "describe", "inherit", "load_model", "load_with_flags", "make_model",
+__all__ = ["NETWORKS", "CheckpointError", "describe", "fuse", "inherit", "load_model", "load_with_flags", "make_model",
            "require_rgb", "save_header", "slim"]
 
 UNDETERMINED = "res_scale", "img_range", "act_type"  # not in names and shapes: an explicit flag replaces the value
 FLOATS, LISTS = ("res_scale", "mlp_ratio", "img_range"), ("depths", "num_heads", "multi_scale")
-STRINGS = "act_type", "carn_variant", "upsampler", "resi_connection", "RDNconfig"
+STRINGS = "act_type", "carn_variant", "reparameterise", "upsampler", "resi_connection", "RDNconfig"
 SCALES = 1, 2, 3, 4, 8
 
 log = logging.getLogger("sr")
@@ -35,6 +36,7 @@ NETWORKS = {
     "RDN": (rdn.RDN, rdn.LAYOUTS),
     "IMDN": (imdn.IMDN, imdn.LAYOUTS),
     "Compact": (compact.Compact, compact.LAYOUTS),
+    "SPAN": (span.SPAN, span.LAYOUTS),
     "SAN": (san.SAN, san.LAYOUTS),
     "SwinIR": (swinir.SwinIR, swinir.LAYOUTS),
 }

@@ -4,8 +4,9 @@ import math
 import torch
 from torch import nn
 
-from model.common import ImageConv, Network, conv
+from model.common import Network
 from model.layout import Layout, State, count
+from model.reparameterisation import conv3x3
 
 ACTIVATIONS = {
     "prelu": nn.PReLU,
@@ -17,23 +18,27 @@ ACTIVATIONS = {
 class Compact(Network):
     """3x3 convolutions at LR size, an activation after each; a sub-pixel convolution; plus the nearest upsampled input.
 
-    n_convs: convolutions between the first and the last. act_type: prelu (one slope per channel), relu or leakyrelu. Raises
-    ValueError for another one.
+    n_convs: convolutions between the first and the last. act_type: prelu (one slope per channel), relu or leakyrelu.
+    reparameterise: the block of model/reparameterisation.py that each convolution is for training, or `none`. Raises
+    ValueError for another word.
     """
 
     native_range = 1
 
-    def __init__(self, scale: int, n_feats: int = 64, n_convs: int = 16, act_type: str = "prelu"):
+    def __init__(self, scale: int, n_feats: int = 64, n_convs: int = 16, act_type: str = "prelu",
+                 reparameterise: str = "none"):
         super().__init__()
         if act_type not in ACTIVATIONS:
             raise ValueError(f"act_type {act_type} is none of {', '.join(ACTIVATIONS)}")
         self.scale, self.n_feats = scale, n_feats
-        self.config = dict(scale=scale, n_feats=n_feats, n_convs=n_convs, act_type=act_type)
+        self.config = dict(scale=scale, n_feats=n_feats, n_convs=n_convs, act_type=act_type,
+                           reparameterise=reparameterise)
         self.receptive_field = n_convs + 2
         self.kept = 0, n_convs // 3, 2 * n_convs // 3, n_convs  # convolutions after the first, at the four feature maps
-        layers = [ImageConv(3, n_feats), *(conv(n_feats, n_feats) for _ in range(n_convs))]
+        layers = [conv3x3(3, n_feats, reparameterise, image=True),
+                  *(conv3x3(n_feats, n_feats, reparameterise) for _ in range(n_convs))]
         self.body = nn.ModuleList([module for layer in layers for module in (layer, ACTIVATIONS[act_type](n_feats))])
-        self.body.append(ImageConv(n_feats, 3 * scale * scale))
+        self.body.append(conv3x3(n_feats, 3 * scale * scale, reparameterise, image=True))
 
     def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute the SR image and the feature maps, as `Network.super_resolve` describes."""
@@ -67,7 +72,8 @@ def read_config(state: State) -> dict:
     scale = math.isqrt(channels // 3)
     if in_channels != 3 or scale < 1 or channels != 3 * scale * scale:
         raise ValueError(f"{in_channels} channels before the first convolution, {channels} after the last")
-    return dict(scale=scale, n_feats=n_feats, n_convs=n_convs, act_type="prelu" if "body.1.weight" in state else "relu")
+    return dict(scale=scale, n_feats=n_feats, n_convs=n_convs, act_type="prelu" if "body.1.weight" in state else "relu",
+                reparameterise="none")
 
 
 LAYOUTS = (Layout("Real-ESRGAN", ("body.0.weight", "body.2.weight", "body.4.weight"), read_config),)

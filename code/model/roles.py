@@ -3,7 +3,7 @@ from argparse import Namespace
 from collections.abc import Set
 from os import PathLike
 
-from model import inherit, load_model, load_with_flags, make_model, require_rgb, slim
+from model import fuse, inherit, load_model, load_with_flags, make_model, require_rgb, slim
 from model.common import Network
 from model.slicing import Slice
 from model.teachers import teacher_path
@@ -30,7 +30,7 @@ def make_networks(args: Namespace, needs: Set[str]) -> tuple[Network | Slice, li
     teachers = make_teachers(args) if needs_teacher or args.init_from_teacher else []
     if args.init_from_teacher:
         inherit(student, teachers[0])
-    return student, teachers if needs_teacher else []
+    return student, [fuse(teacher) for teacher in teachers] if needs_teacher else []
 
 
 def make_full_network(args: Namespace) -> Network:

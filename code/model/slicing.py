@@ -15,7 +15,8 @@ from model import rdn
 from model.common import Network
 from system.errors import UserError
 
-FIXED_ARGUMENTS = "scale", "window_size", "group", "carn_variant", "act_type"  # must be equal: the meaning of the parameters
+# must be equal: the meaning of the parameters
+FIXED_ARGUMENTS = "scale", "window_size", "group", "carn_variant", "act_type", "reparameterise"
 WIDTH_ARGUMENTS = "n_feats", "G0", "RDNconfig", "n_inner"  # numbers of channels, which are multiplied by the width
 CANNOT_INHERIT = "the student cannot start from the teacher's weights"
 
