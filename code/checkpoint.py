@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 import config
+import evaluation
 from model import save_header
 from option import ROOT, make_parser
 from system.errors import UserError, is_rank_zero, reason_of
@@ -21,7 +22,9 @@ from system.files import atomic_save, atomic_write, load_torch_file, lock, remov
 from system.logger import log_to
 
 log = logging.getLogger("sr")
-RESULTS = "state.pt", "metrics.csv", "loss.csv"  # and model/*.pt, and a curve for each column and test set of the tables
+# and model/*.pt, and a curve for each column of loss.csv and each test set of metrics.csv
+RESULTS = "state.pt", "metrics.csv", "images.csv", "loss.csv"
+OPTIONAL = {"gradients", "images"}  # entries of the history that not every epoch has
 MODEL = re.compile(r"model_(best|latest|raw|[0-9]+)\.pt")
 REPLACED = ".replaced"  # where --reset keeps the old run until the new one has saved a state
 
@@ -180,34 +183,46 @@ class Experiment:
         save_model(net, self.folder / "model" / name)
 
     def write_history(self, history: list[dict]) -> None:
-        """Write metrics.csv, loss.csv and the curves.
+        """Write metrics.csv, images.csv, loss.csv and the curves.
 
         history: a dict for each epoch, as `Trainer.test_epoch` records it.
         """
+        models = {"model_best.pt": evaluation.best_epoch(history), "model_latest.pt": history[-1]["epoch"]}
+        images = [image for name, epoch in models.items() for row in history if row["epoch"] == epoch
+                  for image in evaluation.image_rows(name, epoch, self.args.scale, row.get("images", {}))]
         scores = [dict(epoch=row["epoch"], iteration=row["iteration"], dataset=name, scale=self.args.scale,
                        psnr=f"{psnr:.4f}", ssim=f"{ssim:.5f}")
                   for row in history for name, (psnr, ssim) in row["scores"].items()]
         losses = [dict(epoch=row["epoch"], iteration=row["iteration"], lr=f"{row['lr']:.4g}",
-                       **{name: f"{value:.6g}" for name, value in with_total(row["loss"]).items()}) for row in history]
-        for name, rows in (("metrics.csv", scores), ("loss.csv", losses)):
+                       **{name: f"{value:.6g}" for name, value in with_total(row["loss"]).items()},
+                       **{f"{name}_gradient": f"{norm:.6g}" for name, norm in row.get("gradients", {}).items()})
+                  for row in history]
+        for name, rows in (("metrics.csv", scores), ("images.csv", images), ("loss.csv", losses)):
             if rows:
-                text = io.StringIO()
-                writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-                atomic_write(self.folder / name, text.getvalue().encode())
+                write_table(self.folder / name, rows)
         self._plot(history)
 
     def _plot(self, history):
         curves = {}
         for row in history:
             points = {(f"loss_{name}", f"{name}, weighted"): value for name, value in with_total(row["loss"]).items()}
+            points |= {(f"loss_{name}_gradient", f"gradient norm of {name}, weighted"): norm
+                       for name, norm in row.get("gradients", {}).items()}
             points |= {(f"psnr_{name}", f"PSNR (dB) on {name} x{self.args.scale}"): psnr
                        for name, (psnr, _) in row["scores"].items()}
             for curve, value in points.items():
                 curves.setdefault(curve, []).append((row["epoch"], value))
         for (name, label), points in curves.items():
             atomic_write(self.folder / f"{name}.png", draw_curve(points, label))
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Write rows to a CSV file whose columns are all their keys; a row without a key has an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def check_place(folder: Path) -> None:
@@ -263,14 +278,19 @@ def check_history(history: object, terms: Iterable[str], iteration: int) -> None
         raise ValueError(f"history is of type {type(history).__name__}, not list")
     last = 0
     for epoch, row in enumerate(history, 1):
-        if not isinstance(row, dict) or row.keys() != {"epoch", "iteration", "lr", "loss", "scores"}:
+        if not isinstance(row, dict) or row.keys() - OPTIONAL != {"epoch", "iteration", "lr", "loss", "scores"}:
             raise ValueError(f"history has an odd entry {epoch}")
-        numbers = [row["lr"], *row["loss"].values(), *(value for pair in row["scores"].values() for value in pair)]
+        gradients, images = row.get("gradients", row["loss"]), row.get("images", {})
+        scores = [*row["scores"].values(), *(pair for per_image in images.values() for _, *pair in per_image)]
+        numbers = [row["lr"], *row["loss"].values(), *gradients.values(), *(value for pair in scores for value in pair)]
         counted = row["epoch"] == epoch and type(row["iteration"]) is int and last < row["iteration"] <= iteration
-        named = list(row["loss"]) == list(terms) and all(name == Path(name).name for name in row["scores"])
-        if not counted or not named or any(len(pair) != 2 for pair in row["scores"].values()):
+        named = (list(row["loss"]) == list(gradients) == list(terms) and images.keys() <= row["scores"].keys()
+                 and all(name == Path(name).name for name in row["scores"])
+                 and all(type(name) is str for per_image in images.values() for name, *_ in per_image))
+        if not counted or not named or any(len(pair) != 2 for pair in scores):
             raise ValueError(f"history has an odd entry {epoch}")
-        if not all(isinstance(value, float) for value in numbers) or not all(map(math.isfinite, row["loss"].values())):
+        if not all(isinstance(value, float) for value in numbers) or not all(
+                map(math.isfinite, (*row["loss"].values(), *gradients.values()))):
             raise ValueError(f"history has odd numbers in entry {epoch}")
         last = row["iteration"]
 

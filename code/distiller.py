@@ -71,13 +71,13 @@ class Distiller(nn.Module):
                 if parameter.requires_grad]
 
     def forward(self, lr: torch.Tensor, hr: torch.Tensor, teacher_outputs: torch.Tensor | None = None,
-                iteration: int = 0) -> tuple[torch.Tensor, torch.Tensor, LossInputs]:
+                iteration: int = 0, log_gradients: bool = False) -> tuple[torch.Tensor, torch.Tensor, LossInputs]:
         """Compute the loss of a batch.
 
         lr: uint8 N x 3 x H x W; hr: uint8 N x 3 x sH x sW; teacher_outputs: cached outputs of k networks, int16
         N x 3k x sH x sW (data/teacher_cache.py), which are the teachers, or those of a `MeanTeacher`. Returns the loss, the
-        weighted value of each term without a graph, and the detached inputs of the original batch, for `loss.update` after
-        the optimiser step.
+        weighted value of each term without a graph (with log_gradients also the squared norms of their gradients, see
+        `Loss.forward`), and the detached inputs of the original batch, for `loss.update` after the optimiser step.
         """
         views = self.make_views(lr.to(self.device, non_blocking=True), hr.to(self.device, non_blocking=True))
         for view in views:
@@ -100,7 +100,7 @@ class Distiller(nn.Module):
                             output.sr if "teacher_grad" in need else None, view.name, view.weight, iteration, teacher,
                             forward=lambda net, x: self.run(net, x, features=False).sr)
                  for view, need, student, output in zip(views, needs, students, outputs)]
-        total, values = self.loss(*steps)
+        total, values = self.loss(*steps, log_gradients=log_gradients)
         return total, values, steps[0].detach()
 
     def teacher_outputs(self, teacher: nn.Module, inputs: list[torch.Tensor], features: list[bool],

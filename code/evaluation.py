@@ -10,7 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -42,6 +42,7 @@ class Score:
     psnr: float | None
     ssim: float | None
     seconds: float  # per image, of the upscaling alone
+    per_image: list[tuple[str, float, float]] = field(default_factory=list)  # name, PSNR, SSIM of those with ground truth
 
 
 def by_network(net: nn.Module, device: torch.device, args: Namespace,
@@ -89,7 +90,7 @@ def score(upscale: Callable, images: Images, writer: "Writer | None" = None,
 
     Several processes divide the images among themselves; the Score is that of all images.
     """
-    psnrs, ssims, seconds, stopped = [], [], 0.0, 0
+    psnrs, ssims, seconds, stopped = [0.0] * len(images), [0.0] * len(images), 0.0, 0
     if writer:
         writer.prepare(images)
     shard = range(distributed.rank(), len(images), distributed.world_size())
@@ -105,24 +106,35 @@ def score(upscale: Callable, images: Images, writer: "Writer | None" = None,
         seconds += time.perf_counter() - start
         if hr is not None:
             try:
-                psnrs.append(psnr(sr, hr, images.scale))
-                ssims.append(ssim(sr, hr, images.scale))
+                psnrs[index], ssims[index] = psnr(sr, hr, images.scale), ssim(sr, hr, images.scale)
             except ValueError as error:
                 raise UserError(f"{pair.hr}: {error}") from None
         if writer:
             writer.write(images, index, pair.name, sr, lr, hr)
     if distributed.all_reduce_max(stopped):
         return None
-    finite = [value for value in psnrs if value != math.inf]
-    scored, counted, psnr_sum, ssim_sum, seconds = distributed.all_reduce_sum(
-        [len(psnrs), len(finite), sum(finite), sum(ssims), seconds])
-    exact = int(scored - counted)
+    seconds, *values = distributed.all_reduce_sum([seconds, *psnrs, *ssims])  # each image is scored by one process
+    per_image = [(pair.name, *pair_scores) for pair, *pair_scores in zip(images.pairs, values, values[len(images):])
+                 if pair.hr is not None]
+    ssims, finite = [ssim for _, _, ssim in per_image], [psnr for _, psnr, _ in per_image if psnr != math.inf]
+    exact = len(per_image) - len(finite)
     if exact:
         log.info("%s: %d of %d images are exact; their infinite PSNR is left out of the mean", images.name, exact,
                  len(images))
-    psnr_mean = psnr_sum / counted if counted else math.inf if exact else None
-    ssim_mean = ssim_sum / scored if scored else None
-    return Score(images.name, len(images), psnr_mean, ssim_mean, seconds / len(images))
+    psnr_mean = sum(finite) / len(finite) if finite else math.inf if exact else None
+    ssim_mean = sum(ssims) / len(ssims) if ssims else None
+    return Score(images.name, len(images), psnr_mean, ssim_mean, seconds / len(images), per_image)
+
+
+def image_rows(checkpoint: str, epoch: int | None, scale: int,
+               scores: dict[str, Sequence[tuple[str, float, float]]]) -> list[dict]:
+    """Return the rows of images.csv: the PSNR in dB and the SSIM of each image.
+
+    checkpoint: name of the file that was tested. epoch: that of the test, None outside of training. scores: for each test
+    set, `Score.per_image`.
+    """
+    return [dict(checkpoint=checkpoint, epoch=epoch, dataset=dataset, scale=scale, image=name, psnr=f"{psnr:.6f}",
+                 ssim=f"{ssim:.8f}") for dataset, per_image in scores.items() for name, psnr, ssim in per_image]
 
 
 def best(history: list[dict]) -> dict[str, tuple[float, int]]:
@@ -137,6 +149,15 @@ def best(history: list[dict]) -> dict[str, tuple[float, int]]:
         if scores:
             found[name] = max(scores, key=lambda score: score[0])
     return found
+
+
+def best_epoch(history: list[dict]) -> int:
+    """Return the epoch of model_best.pt, 0 if there is none.
+
+    It is the best on the first test set, as in EDSR; without ground truth it is the latest.
+    """
+    first = next(iter(history[-1]["scores"]), None)
+    return history[-1]["epoch"] if first is None else best(history).get(first, (0, 0))[1]
 
 
 class Writer:

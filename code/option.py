@@ -303,6 +303,10 @@ def _add_training_flags(parser):
                        help="decay of the exponential moving average of the student's weights, which is then tested and "
                             "saved in their place (DUKD, DCKD: 0.999); 0 disables it")
     group.add_argument("--print_every", type=positive, default=100, help="iterations between lines of the training log")
+    group.add_argument("--log_gradients", type=natural, default=0,
+                       help="every this many iterations, compute the norm of each weighted term's gradient at the student's "
+                            "output (for terms that compare feature maps: at these; for T_DS: at the teacher's output), all "
+                            "inputs of --upcycle together; loss.csv holds their means over an epoch; 0 disables it")
 
 
 def _add_experiment_flags(parser):
@@ -452,6 +456,8 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
     if args.warmup >= args.epochs * args.test_every and args.warmup:
         parser.error(f"--warmup {args.warmup} must be shorter than the run, which has {args.epochs * args.test_every} "
                      "iterations (--epochs x --test_every)")
+    if args.log_gradients > args.test_every:
+        parser.error(f"--log_gradients {args.log_gradients}: an epoch has fewer iterations, --test_every {args.test_every}")
     if args.resume and args.reset:
         parser.error(f"--resume {args.resume} continues a run, but --reset replaces it: give one of them")
     if args.save_gt and not args.save_results:

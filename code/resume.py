@@ -25,6 +25,7 @@ def state_of(trainer: "Trainer") -> dict:
     """Return the state of a `Trainer`: weights, optimisers, EMA, random number generators, history."""
     return dict(
         identity=identity_of(trainer), iteration=trainer.iteration, history=trainer.history, sums=trainer.sums,
+        gradients=trainer.gradients,
         student=trainer.student.state_dict(), loss=trainer.loss.state_dict(), optimizer=trainer.optimizer.state_dict(),
         scaler=trainer.scaler.state_dict(), ema=trainer.ema.state_dict() if trainer.ema else None,
         random=torch.get_rng_state(),
@@ -37,13 +38,14 @@ def load_state(trainer: "Trainer", state: dict, path: Path) -> None:
     Raises UserError where the state is of another run, damaged, or does not fit the flags.
     """
     own, args = state_of(trainer), trainer.args
+    state = {"gradients": own["gradients"], **state}  # states of earlier versions have none
     try:
         before = {**own["identity"], **state["identity"]}
         for name, value in own["identity"].items():
             if before[name] != value:
                 raise UserError(f"--resume 1: the run in {path.parent} is another one ({name}: {before[name]}, not "
                                 f"{value}); resume it with its own flags, see its config.txt")
-        for name in ("iteration", "student", "loss", "sums", "random"):
+        for name in ("iteration", "student", "loss", "sums", "gradients", "random"):
             check_like(state[name], own[name], name)
         check_history(state["history"], trainer.loss.names, state["iteration"])
         trainer.student.load_state_dict(state["student"])
@@ -57,6 +59,7 @@ def load_state(trainer: "Trainer", state: dict, path: Path) -> None:
             check_like(state["scaler"], own["scaler"], "scaler")
             trainer.scaler.load_state_dict(state["scaler"])
         trainer.sums.copy_(state["sums"])
+        trainer.gradients.copy_(state["gradients"])
         trainer.iteration, trainer.history = state["iteration"], state["history"]
         torch.set_rng_state(state["random"])
         if trainer.device.type == "cuda" and state["random_cuda"] is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import option
 import published
-from system.errors import UserError
+from system.errors import UserError, writing
 from system.signals import run_script
 
 log = logging.getLogger("sr")
@@ -15,6 +15,7 @@ def main() -> int:
     """Score or upscale as the flags state, and return the exit status; raises UserError."""
     args = option.parse(training=False)
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
+    from checkpoint import write_table  # noqa: PLC0415
     from data import make_benchmarks  # noqa: PLC0415
     from model import describe, fuse, load_with_flags  # noqa: PLC0415
     from model.teachers import teacher_path  # noqa: PLC0415
@@ -45,6 +46,12 @@ def main() -> int:
     compared = published.comparison(name, {score.dataset: score.psnr for score in scores}, args)
     if compared and args.TS == "S":
         log.info(compared)
+    for score in scores:
+        if score.per_image:
+            table = folder / f"results-{score.dataset}" / "images.csv"
+            with writing(table):
+                table.parent.mkdir(parents=True, exist_ok=True)
+            write_table(table, evaluation.image_rows(path.name, None, args.scale, {score.dataset: score.per_image}))
     if writer:
         log.info("images are in %s", folder)
     return 0

@@ -44,6 +44,8 @@ class Trainer:
         self.iteration, self.iterations = 0, args.epochs * args.test_every
         self.history = []  # a dict for each epoch, from which the CSV files and curves are written
         self.sums = torch.zeros(len(self.loss.names), dtype=torch.float64, device=device)  # of the terms, in this epoch
+        # sums over the logged iterations of this epoch: the gradient norm of each term, and 1
+        self.gradients = torch.zeros(len(self.loss.names) + 1, dtype=torch.float64, device=device)
         self.last_lr = None  # LR images of the last batch, with which the weights are checked before they are saved
         if experiment.state is not None:
             resume.load_state(self, experiment.state, experiment.folder / "state.pt")
@@ -119,12 +121,14 @@ class Trainer:
 
     def step(self, lr: torch.Tensor, hr: torch.Tensor, teacher_outputs: torch.Tensor | None = None) -> torch.Tensor:
         """Update the student once, given a batch of `make_batches`; return the weighted values of the terms."""
-        parts = self.args.split_batch
+        parts, every = self.args.split_batch, self.args.log_gradients
+        logs_gradients = every > 0 and (self.iteration + 1) % every == 0
         inputs, values = [], 0
         self.optimizer.zero_grad(set_to_none=True)
         for index, part in enumerate(zip(*(x.chunk(parts) for x in (lr, hr, teacher_outputs) if x is not None))):
             with nullcontext() if index + 1 == parts or self.parallel is self.distiller else self.parallel.no_sync():
-                total, part_values, part_inputs = self.parallel(*part, iteration=self.iteration)
+                total, part_values, part_inputs = self.parallel(*part, iteration=self.iteration,
+                                                                log_gradients=logs_gradients)
                 self.scaler.scale(total / parts).backward()
             values = values + part_values / parts
             inputs.append(part_inputs)
@@ -143,7 +147,19 @@ class Trainer:
         if self.ema:
             self.update_ema()
         self.loss.update(replace(inputs, ema_student=self.ema or self.student))
-        return distributed.all_reduce_mean(values)
+        values = distributed.all_reduce_mean(values)
+        if logs_gradients:
+            values, squares = values
+            self.add_gradients((squares / (parts * distributed.world_size())).sqrt())
+        return values
+
+    def add_gradients(self, norms: torch.Tensor) -> None:
+        """Add the gradient norms of the terms to the sums of the epoch.
+
+        Norms that are not finite are left out: --precision half skips such an update, and otherwise the run ends.
+        """
+        if norms.isfinite().all():
+            self.gradients += torch.cat([norms, norms.new_ones(1)])
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -189,21 +205,27 @@ class Trainer:
         if None in scores:
             return
         epoch = len(self.history) + 1
+        *norms, logged = self.gradients.tolist()
+        gradients = {"gradients": {name: norm / logged for name, norm in zip(self.loss.names, norms)}} if logged else {}
         self.history.append(dict(
             epoch=epoch, iteration=self.iteration, lr=learning_rate(self.args, self.iteration - 1),
             loss=dict(zip(self.loss.names, (self.sums / self.summed_iterations).tolist())),
-            scores={s.dataset: (s.psnr, s.ssim) for s in scores if s.psnr is not None}))
+            scores={s.dataset: (s.psnr, s.ssim) for s in scores if s.psnr is not None},
+            images={s.dataset: s.per_image for s in scores if s.psnr is not None}, **gradients))
         self.sums.zero_()
+        self.gradients.zero_()
+        best = evaluation.best(self.history)
+        best_epoch = evaluation.best_epoch(self.history)
+        for row in self.history[:-1]:
+            if row["epoch"] != best_epoch:
+                row.pop("images", None)  # the scores of all images in all epochs would make the state large
         if distributed.rank():
             return
-        best = evaluation.best(self.history)
         log.info("epoch %d\n%s", epoch, evaluation.table(scores, best))
         compared = published.comparison(self.args.published, {s.dataset: s.psnr for s in scores}, self.args)
         if compared and self.finished():
             log.info(compared)
-        # the best model is chosen on the first test set, as in EDSR; without ground truth it is the latest
-        first = next(iter(self.history[-1]["scores"]), None)
-        self.experiment.save_models(tested, first is None or best.get(first, (0, 0))[1] == epoch, epoch)
+        self.experiment.save_models(tested, epoch == best_epoch, epoch)
         if self.ema:
             self.experiment.save_model(self.student, "model_raw.pt")
         self.experiment.write_history(self.history)

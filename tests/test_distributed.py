@@ -76,12 +76,12 @@ def gradients(case):
     hr = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     lr = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
     torch.manual_seed(7)
-    for _ in range(2):
+    for trainer.args.log_gradients in (0, 1):
         values = trainer.step(distributed.local_shard(lr), distributed.local_shard(hr))
     trained = enumerate(trainer.distiller.trainable_parameters())
     found = {f"trained {index}": parameter.grad for index, parameter in trained if parameter.grad is not None}
     found |= {f"state {name}": x for name, x in trainer.loss.state_dict().items() if isinstance(x, torch.Tensor)}
-    return {**found, "values": values, "draws": torch.get_rng_state()}
+    return {**found, "values": values, "gradients": trainer.gradients, "draws": torch.get_rng_state()}
 
 
 def work(rank, number, folder, port):
@@ -207,6 +207,8 @@ def test_a_run_of_two_processes_is_that_of_one_and_another_number_may_continue_i
     assert status == 0, lines
     assert sum(line.startswith("student:") for line in lines) == 1 and not [line for line in lines if "Warning" in line]
     assert len(list((tmp_path / "run" / "results-tiny").glob("*_SR.png"))) == 4
+    lines = (tmp_path / "run" / "images.csv").read_text().splitlines()
+    assert [line.split(",")[4] for line in lines[1:5]] == ["0", "1", "2", "3"]
     assert run_main("train", " ".join([*command[1:], "--epochs", "2", "--resume", "1"]))[0] == 0
     alone = tmp_path / "alone"
     assert run_main("train", " ".join([*command[1:], "--epochs", "2", "--ckp_dir", str(alone)]))[0] == 0

@@ -23,7 +23,8 @@ def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("finished") / "run"
     with started(run) as experiment:
         experiment.begin()
-        experiment.write_history([dict(epoch=1, iteration=1, lr=1.0, loss={"DS": 1.0}, scores={"Set5": (30.0, 0.9)})])
+        experiment.write_history([dict(epoch=1, iteration=1, lr=1.0, loss={"DS": 1.0}, scores={"Set5": (30.0, 0.9)},
+                                      images={"Set5": [("baby", 30.0, 0.9)]})])
         for name in ("best", "latest", "raw", "7"):
             torch.save({}, run / "model" / f"model_{name}.pt")
         experiment.save_state({"iteration": 1})
@@ -56,7 +57,7 @@ def contents(folder):
 
 # ---- a run is not overwritten
 
-@pytest.mark.parametrize("kept", ["state.pt", "metrics.csv", "loss.csv", "loss_DS.png", "psnr_Set5.png",
+@pytest.mark.parametrize("kept", ["state.pt", "metrics.csv", "images.csv", "loss.csv", "loss_DS.png", "psnr_Set5.png",
                                   "model/model_best.pt", "model/model_7.pt", "model/model_latest.pt"])
 @pytest.mark.parametrize("line", ["", "--resume auto"])
 def test_whatever_is_left_of_a_run_is_not_overwritten(folder, kept, line):

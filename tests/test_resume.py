@@ -157,6 +157,14 @@ ODD = {
     "history with a path": lambda state: state["history"][0].update(scores={"../../x": (1.0, 1.0)}),
     "history with another term": lambda state: state["history"][0].update(loss={"../x": 1.0}),
     "history with a NaN loss": lambda state: state["history"][0]["loss"].update(DS=math.nan),
+    "gradients of another number": lambda state: state.update(gradients=torch.zeros(2, dtype=torch.float64)),
+    "gradients of NaN": lambda state: state["gradients"].fill_(math.nan),
+    "history with gradients of another term": lambda state: state["history"][0].update(gradients={"DS": 1.0}),
+    "history with a NaN gradient": lambda state: state["history"][0].update(gradients={"DS": 1.0, "GAN": math.nan}),
+    "history with images of another set": lambda state: state["history"][0].update(images={"x": [("0", 1.0, 1.0)]}),
+    "history with images without SSIM": lambda state: state["history"][0].update(images={"tiny": [("0", 1.0)]}),
+    "history with an image of a number": lambda state: state["history"][0].update(images={"tiny": [(0, 1.0, 1.0)]}),
+    "history with images of numbers": lambda state: state["history"][0].update(images={"tiny": [1.0]}),
     "history with three scores": lambda state: state["history"][0].update(scores={"tiny": (1.0, 1.0, 1.0)}),
     "history with no pair": lambda state: state["history"][0].update(scores={"tiny": 1.0}),
     "identity of another network": lambda state: state["identity"].update(network="EDSR"),
@@ -200,6 +208,13 @@ def test_an_odd_state_gets_one_line(saved, resume, tmp_path, name):
     message = resume(tmp_path / "state.pt")
     assert len(message) < 500
     assert any(words in message for words in ("state.pt: not the state", "is another one", "does not fit"))
+
+
+def test_a_state_of_an_earlier_version_is_resumed(saved, resume, tmp_path):
+    state = load(saved[0])
+    del state["gradients"], state["history"][0]["images"]
+    torch.save(state, tmp_path / "state.pt")
+    assert resume(tmp_path / "state.pt") is None
 
 
 @pytest.mark.parametrize("content", [None, [], 0, "text", torch.zeros(3)])
@@ -292,7 +307,7 @@ def test_exact_images_are_left_out_of_the_mean_and_the_log_has_their_number(monk
     monkeypatch.setattr(evaluation, "psnr", lambda *_: next(values))
     monkeypatch.setattr(evaluation, "ssim", lambda *_: 0.5)
     monkeypatch.setattr(evaluation.log, "propagate", True)
-    images = type("Images", (), dict(name="A", scale=2, pairs=[SimpleNamespace(hr="x")] * 4, lr=lambda *_: 0,
+    images = type("Images", (), dict(name="A", scale=2, pairs=[SimpleNamespace(name="x", hr="x")] * 4, lr=lambda *_: 0,
                                      hr=lambda *_: 0, __len__=lambda _: 4))()
     with caplog.at_level("INFO", "sr"):
         score = evaluation.score(lambda lr: lr, images)

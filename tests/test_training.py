@@ -146,7 +146,8 @@ def assert_same_weights(first, second, tolerance=0):
 @pytest.fixture
 def interruptible(flags, teacher):
     """Flags of a run long enough to be interrupted in its second epoch, with terms that have parameters and draw numbers."""
-    return flags + f"--teacher [{teacher},{teacher}] --loss 1*DS+1*TS+1*fitnet --epochs 3 --test_every 12 --print_every 1 "
+    return flags + (f"--teacher [{teacher},{teacher}] --loss 1*DS+1*TS+1*fitnet --epochs 3 --test_every 12 --print_every 1 "
+                    "--log_gradients 5 ")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -162,7 +163,7 @@ def test_a_run_killed_in_an_epoch_and_resumed_ends_bit_identical(run_main, inter
     assert run_main("train", killed + "--resume 1")[0] == 0
     assert_same_weights(*(tmp_path / name / "model" / "model_latest.pt" for name in ("whole", "killed")))
     assert_same_weights(*(tmp_path / name / "model" / "model_best.pt" for name in ("whole", "killed")))
-    for name in ("metrics.csv", "loss.csv"):
+    for name in ("metrics.csv", "images.csv", "loss.csv"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "killed" / name).read_text()
 
 

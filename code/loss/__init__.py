@@ -67,19 +67,27 @@ class Loss(nn.Module):
         """Return the union of the `needs` of the terms on a view."""
         return frozenset().union(*(TERMS[name].needs for name in self.terms_on(view, has_hr)))
 
-    def forward(self, *views: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, *views: LossInputs, log_gradients: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the loss in float32.
 
         views: the inputs of each view. Returns the sum and, detached, the weighted value of each term in the order of
-        `names`.
+        `names`; with log_gradients 2 x terms, these values and the squared norms of their gradients (`squared_gradient`).
         """
         names = [self.terms_on(inputs.view, inputs.hr is not None) for inputs in views]
+        if log_gradients:
+            views = [inputs.alias() for inputs in views]
         with torch.autocast(views[0].lr.device.type, enabled=False):
-            values = torch.stack([
+            values = [
                 self.weights[name] * sum(inputs.weight * self.terms[name](inputs)
                                          for inputs, computed in zip(views, names) if name in computed)
-                for name in self.names])
-        return values.sum(), values.detach()
+                for name in self.names]
+            stacked = torch.stack(values)
+            total, stacked = stacked.sum(), stacked.detach()
+            if log_gradients:
+                outputs = [output for inputs in views for output in inputs.trained_outputs()]
+                squares = [squared_gradient(value, self.weights[name], outputs) for name, value in zip(self.names, values)]
+                stacked = torch.stack([stacked, torch.stack(squares)])
+        return total, stacked
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of all terms that the student's optimiser trains."""
@@ -90,6 +98,20 @@ class Loss(nn.Module):
         with torch.autocast(inputs.lr.device.type, enabled=False):
             for term in self.terms.values():
                 term.update(inputs)
+
+
+def squared_gradient(value: torch.Tensor, weight: float, outputs: list[torch.Tensor]) -> torch.Tensor:
+    """Compute the squared norm of the gradient of `value` with respect to the concatenation of `outputs`; keep the graph.
+
+    weight: that of the term in `value`. The backward pass is scaled to that of the sum over pixels with weight 1, so that
+    the gradients of float16 feature maps neither vanish nor overflow.
+    """
+    if not value.requires_grad:
+        return torch.zeros_like(value)
+    scale = outputs[0].numel() / weight
+    found = torch.autograd.grad(value, outputs, torch.full_like(value, scale), retain_graph=True, allow_unused=True)
+    squares = (gradient.to(value.dtype).square().sum() for gradient in found if gradient is not None)
+    return sum(squares, torch.zeros_like(value)) / scale**2
 
 
 def terms_on(names: list[str], view: str, has_hr: bool, view_terms: list[str]) -> list[str]:

@@ -22,6 +22,10 @@ class Output:
         """Return copies; of tensors from inference mode autograd cannot save others for the backward pass."""
         return Output(self.sr.clone(), [x.clone() for x in self.features])
 
+    def alias(self) -> "Output":
+        """Return the same tensors as new nodes of the graph, whose gradients exclude paths through the network."""
+        return Output(self.sr[...], [x[...] for x in self.features])
+
     def split(self, sizes: list[int]) -> list["Output"]:
         """Split the output of a concatenated batch into one Output for each of the batches of these sizes."""
         features = [x.split(sizes) for x in self.features]
@@ -51,6 +55,16 @@ class LossInputs:
     ema_student: nn.Module | None = None
     forward: Callable | None = None
     cache: dict = field(default_factory=dict)
+
+    def alias(self) -> "LossInputs":
+        """Return the inputs with aliases of the outputs that are trained; see `Output.alias`."""
+        teacher = self.teacher_sr_with_grad
+        return replace(self, student=self.student.alias(), teacher_sr_with_grad=None if teacher is None else teacher[...])
+
+    def trained_outputs(self) -> list[torch.Tensor]:
+        """Return the outputs that are trained: the student's sr and feature maps, and sr of a teacher that is trained."""
+        teacher = self.teacher_sr_with_grad
+        return [self.student.sr, *self.student.features, *([] if teacher is None else [teacher])]
 
     def detach(self) -> "LossInputs":
         """Return the inputs for `Term.update`: images without graph or feature maps."""
