@@ -184,8 +184,10 @@ def _add_network_flags(parser):
     group.add_argument("--width_mult", type=positive_number,
                        help="train the first channels of the teacher, this fraction of them, as the student, which shares "
                             "its weights with the teacher (CSD); test.py: test that part of the network")
-    group.add_argument("--init_from_teacher", action="store_true",
-                       help="initialise the student with weights of the teacher: the first channels of evenly spaced blocks")
+    group.add_argument("--init_from_teacher", nargs="?", const="first", choices=("first", "norm"),
+                       help="initialise the student with weights of the teacher, those of evenly spaced blocks and of some "
+                            "channels: the first ones (first, also if no value is given), or those with the largest norm of "
+                            "their filters, the same along each residual path (norm)")
     group.add_argument("--pre_train", default="", help="checkpoint file that initialises the student")
 
 

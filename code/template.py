@@ -11,7 +11,7 @@ TEMPLATES = {
     "DUKD_SwinIR": training_preset("DUKD/SwinIR/x4"),
     "MCADKD": training_preset("MCADKD/SwinIR/x2"),  # Ko et al., ICCVW 2025; for EDSR with another learning rate, no EMA
     # no distillation, but initialised with the teacher's weights: the baseline of students that are initialised so
-    "inherit": dict(loss="1*DS", init_from_teacher=True),
+    "inherit": dict(loss="1*DS", init_from_teacher="first"),
     # sizes of published networks, with their number of parameters at scale 2; the scale itself is --scale
     "EDSR": dict(model="EDSR", n_resblocks=32, n_feats=256, res_scale=0.1),          # 40.73M, the teacher
     "EDSR_baseline": dict(model="EDSR", n_resblocks=16, n_feats=64, res_scale=1.0),  # 1.370M, FAKD's student

@@ -4,6 +4,7 @@ import torch
 
 from checkpoint import save_model
 from model import NETWORKS, inherit, load_model, slim
+from model.channels import sets_of, trace
 from model.imdn import IMDN
 from model.slicing import evenly_spaced, narrow_network
 from system.errors import UserError
@@ -222,6 +223,99 @@ def test_students_that_do_not_fit_the_teacher_are_refused(name, sizes, change, w
     with pytest.raises(UserError, match=words):
         inherit(make(name, {**sizes, **change}), make(name, sizes))
 
+
+# ---- channels with the largest norm
+
+PLANTED = {**{name: NETS[name] for name in ("EDSR", "RCAN", "SAN", "CARN", "RDN")}, "IMDN": dict(n_feats=32, n_modules=2)}
+
+
+def plant(student, teacher):
+    """Zero the filters of random channels of a teacher, so that as many remain as the student has."""
+    axes, own = (trace(net) for net in (teacher, student))
+    same = {name: name for name, _ in axes}
+    removed, number = set(), {key: len(groups) for key, groups in sets_of(own, same).items()}
+    for key, groups in sets_of(axes, same).items():
+        removed |= {groups[index] for index in torch.randperm(len(groups))[number[key]:].tolist()}
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            if parameter.requires_grad:  # not of MeanShift
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+        for (name, axis), groups in axes.items():
+            if axis == 0:
+                teacher.get_parameter(name)[[index for index, group in enumerate(groups) if group in removed]] = 0
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_student_equals_a_teacher_whose_other_filters_are_zero(name):
+    """The channels that compute something are at random places, and may be different ones in each layer off the path."""
+    sizes = PLANTED[name]
+    halves = {"IMDN": dict(n_feats=16, n_modules=2), "RDN": dict(G0=8, RDNconfig="2,2,4")}.get(name, {**sizes, "n_feats": 8})
+    teacher, student, first = make(name, sizes), make(name, halves, seed=1), make(name, halves, seed=2)
+    plant(student, teacher)
+    inherit(student, teacher, "norm")
+    for module_name, parameter in student.named_parameters():
+        if name == "SAN" and "conv_du.0.weight" in module_name:  # its pooled covariances are means over all channels
+            parameter.data /= 2
+    x = torch.rand(1, 3, 12, 8) * student.native_range
+    student.rgb_range = teacher.rgb_range = first.rgb_range = student.native_range
+    with torch.no_grad():
+        expected = teacher(x)
+        assert torch.allclose(student(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        assert not torch.allclose(inherit(first, teacher)(x), expected, rtol=0.1, atol=0.1)
+
+
+def test_channels_by_norm_are_those_planted_by_hand():
+    student, teacher = make("EDSR", dict(n_resblocks=1, n_feats=3)), make("EDSR", dict(n_resblocks=2, n_feats=6), seed=1)
+    path, inner = torch.tensor([1, 2, 5]), torch.tensor([0, 3, 4])
+    rows = (4 * path[:, None] + torch.arange(4)).flatten()  # of the upsampler: 4 for each channel
+    state, own = teacher.state_dict(), student.state_dict()
+    for name, ends, starts in [("head.0", path, None), ("body.0.body.0", inner, path), ("body.0.body.2", path, inner),
+                               ("tail.0.0", rows, path), ("tail.1", None, path)]:
+        weight = own[f"{name}.weight"]
+        whole = torch.zeros_like(state[f"{name}.weight"])
+        ends, starts = (torch.arange(3) if places is None else places for places in (ends, starts))
+        whole[ends[:, None], starts] = weight
+        state[f"{name}.weight"].copy_(whole)
+    found = inherit(make("EDSR", dict(n_resblocks=1, n_feats=3), seed=2), teacher, "norm").state_dict()
+    for name in ("head.0.weight", "body.0.body.0.weight", "body.0.body.2.weight", "tail.0.0.weight", "tail.1.weight"):
+        assert torch.equal(found[name], own[name]), name
+
+
+@pytest.mark.parametrize("name", [name for name in SHALLOW if name != "SwinIR"])
+def test_every_network_inherits_fewer_blocks_and_channels_by_norm(name):
+    deep, shallow = SHALLOW[name]
+    teacher, student = make(name, deep), make(name, shallow, seed=1)
+    inherit(student, teacher, "norm")
+    values = {value for parameter in teacher.parameters() for value in parameter.flatten().tolist()}
+    assert all(set(parameter.flatten().tolist()) <= values for parameter in student.parameters())
+    assert student(torch.rand(1, 3, 8, 8)).isfinite().all() and not student.training
+    if name == "EDSR":  # the last block is the teacher's last
+        assert set(student.body[2].body[0].bias.tolist()) <= set(teacher.body[7].body[0].bias.tolist())
+
+
+@pytest.mark.parametrize("name, sizes, change, words", [
+    ("SwinIR", NETS["SwinIR"], {}, "SwinIR cannot be followed through permute; give --init_from_teacher first"),
+    ("CARN_M", dict(n_feats=16), dict(n_feats=8), "cannot be followed through convolutions in groups"),
+    ("EDSR", NETS["EDSR"], dict(n_feats=24), "the student has 24 channels at .*, the teacher 16 in the same place"),
+    ("RCAN", NETS["RCAN"], dict(reduction=2), "the student has 8 channels at .*conv_du.*, the teacher 4"),
+])
+def test_channels_that_cannot_be_chosen_by_norm(name, sizes, change, words):
+    with pytest.raises(UserError, match=words):
+        inherit(make(name, {**sizes, **change}), make(name, sizes), "norm")
+
+
+def test_init_from_teacher_by_norm_on_the_command_line(run_main, flags, tmp_path):  # noqa: F811
+    save_model(build("EDSR"), tmp_path / "teacher.pt")
+    line = without_sizes(flags) + (f"--model EDSR --n_resblocks 2 --n_feats 8 --teacher {tmp_path / 'teacher.pt'} "
+                                   "--loss 1*DS --lr 1e-30 --epochs 1 --test_every 1 --init_from_teacher norm")
+    assert run_main("train", line)[0] == 0
+    expected = inherit(make("EDSR", dict(n_resblocks=2, n_feats=8)), build("EDSR"), "norm")
+    save_model(expected, tmp_path / "expected.pt")
+    assert_same_weights(tmp_path / "run" / "model" / "model_latest.pt", tmp_path / "expected.pt", 1e-6)
+    assert "--init_from_teacher norm" in (tmp_path / "run" / "config.txt").read_text()
+
+
+# ---- on the command line
 
 def test_the_inherit_template_trains_from_the_teachers_weights(run_main, flags, tmp_path):  # noqa: F811
     save_model(make("RCAN", dict(n_resgroups=3, n_resblocks=2, n_feats=16, reduction=8)), tmp_path / "teacher.pt")

@@ -29,7 +29,7 @@ def make_networks(args: Namespace, needs: Set[str]) -> tuple[Network | Slice, li
     needs_teacher = bool(needs & {"teacher", "teacher_net"})
     teachers = make_teachers(args) if needs_teacher or args.init_from_teacher else []
     if args.init_from_teacher:
-        inherit(student, teachers[0])
+        inherit(student, teachers[0], args.init_from_teacher)
     return student, [fuse(teacher) for teacher in teachers] if needs_teacher else []
 
 

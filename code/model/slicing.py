@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from model import rdn
+from model.channels import choose_channels
 from model.common import Network
 from system.errors import UserError
 
@@ -62,11 +63,12 @@ def slim(net: Network, width: float) -> Slice:
     return Slice(net, narrow_network(net, width))
 
 
-def inherit(student: Network, teacher: Network) -> Network:
+def inherit(student: Network, teacher: Network, channels: str = "first") -> Network:
     """Copy the teacher's weights into a student of the same kind with as many or fewer channels and blocks.
 
-    The student gets the first channels, and evenly spaced blocks of each sequence of blocks, including the first and the
-    last. Returns the student. Raises UserError where the weights do not fit.
+    The student gets evenly spaced blocks of each sequence of blocks, including the first and the last. channels: `first`
+    copies the first channels, `norm` those with the largest norm of their filters (model/channels.py). Returns the student.
+    Raises UserError where the weights do not fit.
     """
     kinds = [type(net).__name__ for net in (student, teacher)]
     if type(student) is not type(teacher):
@@ -79,9 +81,15 @@ def inherit(student: Network, teacher: Network) -> Network:
     reduced = []  # (number of the student's blocks, of the teacher's, indices of those taken) of each shortened sequence
     sources = match_parameters(parameter_tree(student), parameter_tree(teacher), reduced)
     n_feats = student.n_feats, teacher.n_feats
+    indices = choose_channels(student, teacher, sources, reduced) if channels == "norm" else {}
     with torch.no_grad():
         for name, parameter in student_parameters.items():
-            source = select_columns(teacher_parameters[sources[name]], parameter.shape, reduced, n_feats)
+            source = teacher_parameters[sources[name]]
+            if name in indices:
+                for axis, index in indices[name].items():
+                    source = source.index_select(axis, index.to(source.device))
+            else:
+                source = select_columns(source, parameter.shape, reduced, n_feats)
             differs = source.dim() != parameter.dim() or source.shape[2:] != parameter.shape[2:] or any(
                 small > large for small, large in zip(parameter.shape, source.shape))
             if differs:
