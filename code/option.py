@@ -189,6 +189,9 @@ def _add_network_flags(parser):
                             "channels: the first ones (first, also if no value is given), or those with the largest norm of "
                             "their filters, the same along each residual path (norm)")
     group.add_argument("--pre_train", default="", help="checkpoint file that initialises the student")
+    group.add_argument("--lora_rank", type=size, metavar="R",
+                       help="train only low-rank adapters of rank R of the convolutions of --pre_train, which are merged in "
+                            "the saved models (DSCLoRA, with a teacher and the term SA)")
 
 
 def _add_loss_flags(parser):
@@ -451,6 +454,8 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
                      f"{' and '.join(sorted(absent))}")
     if args.cache_teacher and args.ext == "img":
         parser.error("--cache_teacher needs the data cache, which --ext img disables: give one of them")
+    if args.lora_rank and not args.pre_train:
+        parser.error("--lora_rank trains adapters of a pretrained network, which is not given: give --pre_train FILE")
     if args.cache_teacher and args.width_mult:
         parser.error("--cache_teacher needs a fixed teacher, but --width_mult trains it with the student: give one of them")
     if "teacher_choice" in args.given and len(args.teacher or ()) < 2:

@@ -6,6 +6,7 @@ import torch
 
 from checkpoint import check_history
 from model import describe
+from model.lora import merged
 from system.errors import UserError
 from system.state import check_like, load_optimizer
 
@@ -51,7 +52,9 @@ def load_state(trainer: "Trainer", state: dict, path: Path) -> None:
         trainer.student.load_state_dict(state["student"])
         trainer.loss.load_state_dict(state["loss"])
         if trainer.ema:
-            ema = state["student"] if state["ema"] is None else state["ema"]  # --ema was not given before
+            ema = state["ema"]
+            if ema is None:  # --ema was not given before
+                ema = merged(trainer.student).state_dict()
             check_like(ema, own["ema"], "ema")
             trainer.ema.load_state_dict(ema)
         load_optimizer(trainer.optimizer, state["optimizer"])

@@ -19,6 +19,7 @@ from checkpoint import Experiment
 from data import Crops, Images, make_batches
 from distiller import Distiller
 from loss import concatenate
+from model.lora import merged, merged_parameters
 from schedule import learning_rate, make_optimizer
 from system import distributed
 from system.errors import UserError
@@ -39,7 +40,7 @@ class Trainer:
         self.student, self.loss = distiller.student, distiller.loss
         self.parallel = distiller  # wrapped in `fit`, which all ranks call at the same time; rank 0 builds its trainer first
         self.optimizer = make_optimizer(args, distiller.trainable_parameters())
-        self.ema = copy.deepcopy(self.student).eval().requires_grad_(False) if args.ema else None
+        self.ema = copy.deepcopy(merged(self.student)).eval().requires_grad_(False) if args.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "half")
         self.iteration, self.iterations = 0, args.epochs * args.test_every
         self.history = []  # a dict for each epoch, from which the CSV files and curves are written
@@ -164,7 +165,7 @@ class Trainer:
     @torch.no_grad()
     def update_ema(self) -> None:
         """Update the exponential moving average of the student, with the decay --ema."""
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.student.parameters()), 1 - self.args.ema)
+        torch._foreach_lerp_(list(self.ema.parameters()), merged_parameters(self.student), 1 - self.args.ema)
 
     def check_loss(self) -> None:
         """Raise UserError if a term has become NaN or infinite in this epoch: the sums remain so."""
@@ -196,7 +197,7 @@ class Trainer:
         if not distributed.rank():
             self.check_weights()
         self.student.eval()
-        tested = self.ema or self.student
+        tested = self.ema or merged(self.student)
         upscale = evaluation.by_network(tested, self.device, self.args)
         folder = self.experiment.folder
         with evaluation.Writer(folder, self.args.save_gt) if self.args.save_results else nullcontext() as writer:

@@ -12,7 +12,7 @@ ALL_FLAGS = (  # one value that is no default, of each flag
     "--act_type relu --reparameterise ECB --G0 4 --RDNkSize 3 --RDNconfig 4,3,16 --group 2 "
     "--multi_scale 2+3 --carn_variant CSD --depths [2,2] --num_heads 2,2 --window_size 4 --mlp_ratio 1.5 "
     "--upsampler nearest+conv --teacher_choice mean "
-    "--resi_connection 3conv --img_range 2 --width_mult 0.5 --init_from_teacher --pre_train p.pt --loss "
+    "--resi_connection 3conv --img_range 2 --width_mult 0.5 --init_from_teacher --pre_train p.pt --lora_rank 2 --loss "
     "1e-05*DS+1*GAN --features 0,3 --pool_size 2 --pool_type avg --P 3 --rbf_gamma 2 --upcycle "
     "0.5*zoom_in+1e-07*zoom_out --n_zoom_in 2 --view_terms DS+GAN --label_consistency 0.3 --label_consistency_views "
     "original+zoom_in --zoom_in_tiles batch --feature_net random "

@@ -20,6 +20,7 @@ from data.views import plan
 from distiller import build_distiller
 from loss import vqgan
 from model import slim
+from model.lora import LowRankAdapted
 from model.rcan import RCAN
 from model.san import SAN
 from system import distributed
@@ -45,6 +46,7 @@ CASES = {
     "DUKD": "--template DUKD --label_consistency 0.5 --n_zoom_in 2 --batch_size 4 --lr 1e-9 --patch_size 32",
     "DUKD as published": "--template DUKD --label_consistency 0.5 --label_consistency_views zoom_in --zoom_in_tiles batch "
                          "--n_zoom_in 2 --batch_size 4 --lr 1e-9 --patch_size 32",
+    "adapters": "--loss 1*DS+1*TS --lora_rank 2 --pre_train p.pt",
     "unused parameters": "--loss 1*DS --model SAN",
 }
 
@@ -62,6 +64,8 @@ def make_trainer(line, device="cpu"):
     student = SAN(2, n_resgroups=1, n_resblocks=1, n_feats=8, reduction=4) if args.model == "SAN" else RCAN(2, **SMALL)
     if args.width_mult:
         student = slim(teacher, args.width_mult)
+    if args.lora_rank:
+        student = LowRankAdapted(student, args.lora_rank)
     criterion = loss.build_loss(args.loss, loss.Context(args, student, [teacher], device, plan(args)))
     distiller = build_distiller(args, student, [teacher], criterion)
     return Trainer(args, distiller, None, [], SimpleNamespace(state=None), torch.device(device))

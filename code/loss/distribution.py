@@ -15,6 +15,7 @@ from loss.frozen import compute_once
 from loss.term import Context, LossInputs, Term
 from loss.vgg import without_graph
 from loss.vqgan import shared_vqgan
+from model.lora import merged, merged_parameters
 from system.errors import UserError
 
 PERIOD = 100_000  # iterations after which the next element of `history_every` applies
@@ -74,7 +75,7 @@ class DynamicContrastiveLoss(Term):
         self.negatives, self.degradation = negatives, dict(noise=noise, blur=blur, resize=resize)
         self.history_every, self.rgb_range = list(history_every), rgb_range
         object.__setattr__(self, "vqgan", vqgan)
-        self.history = copy.deepcopy(student).eval().requires_grad_(False)
+        self.history = copy.deepcopy(merged(student)).eval().requires_grad_(False)
 
     @torch.no_grad()
     def history_outputs(self, inputs: LossInputs) -> torch.Tensor:
@@ -97,7 +98,7 @@ class DynamicContrastiveLoss(Term):
         """Update the history model every s iterations."""
         every = self.history_every[min(inputs.iteration // PERIOD, len(self.history_every) - 1)]
         if (inputs.iteration + 1) % every == 0:
-            torch._foreach_lerp_(list(self.history.parameters()), list(inputs.ema_student.parameters()), 1 - HISTORY_DECAY)
+            torch._foreach_lerp_(list(self.history.parameters()), merged_parameters(inputs.ema_student), 1 - HISTORY_DECAY)
 
 
 TERMS = {"DCR": DynamicContrastiveLoss, "DMM": DistributionMapping}

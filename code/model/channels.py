@@ -1,10 +1,10 @@
 """Choosing the channels that a student inherits (--init_from_teacher norm): those with the largest L1 norm of their filters.
 
-Channels that are added to each other, such as those of all residual blocks, are kept or left out together: the filters of the
-convolutions before the sum, and the columns of those after it. SRP (Zhang et al., ICLR 2022) also takes the same indices in
-all layers on a residual path, and ASSL (Zhang et al., NeurIPS 2021) aligns them by a penalty. The norm of a filter is the
-mean of its absolute weights, as in ASSL's code; that of a channel is the sum over its filters. There is no regularisation
-before the cut, by which both papers move what the other channels compute into those that remain.
+Channels that are added to each other, such as those of all residual blocks, are kept or left out together: the filters of
+the convolutions before the sum, and the columns of those after it. SRP (Zhang et al., ICLR 2022) also takes the same
+indices in all layers on a residual path, and ASSL (Zhang et al., NeurIPS 2021) aligns them by a penalty. The norm of a
+filter is the mean of its absolute weights, as in ASSL's code; that of a channel is the sum over its filters. There is no
+regularisation before the cut, by which both papers move what the other channels compute into those that remain.
 
 The groups are found by running the network with a label for each channel of each tensor.
 """

@@ -1,22 +1,29 @@
 """The student and its teachers, built from the flags."""
+import logging
 from argparse import Namespace
 from collections.abc import Set
 from os import PathLike
 
 from model import fuse, inherit, load_model, load_with_flags, make_model, require_rgb, slim
 from model.common import Network
+from model.lora import LowRankAdapted
 from model.slicing import Slice
 from model.teachers import teacher_path
 from system.errors import UserError
 
+log = logging.getLogger("sr")
 
-def make_networks(args: Namespace, needs: Set[str]) -> tuple[Network | Slice, list[Network]]:
+
+def make_networks(args: Namespace, needs: Set[str]) -> tuple[Network | Slice | LowRankAdapted, list[Network]]:
     """Build the student and the teachers, an empty list where no term of the loss needs one.
 
     needs: the needs of the loss terms. The student is a new network, --pre_train, initialised from the teacher
-    (--init_from_teacher), or a channel slice that shares the weights of the teacher (--width_mult). Raises UserError for
-    flags that exclude each other and for checkpoints that cannot be loaded.
+    (--init_from_teacher), --pre_train with low-rank adapters (--lora_rank), or a channel slice that shares the weights of
+    the teacher (--width_mult). Raises UserError for flags that exclude each other and for checkpoints that cannot be loaded.
     """
+    if args.lora_rank and (args.width_mult or args.init_from_teacher):
+        other = "--width_mult trains" if args.width_mult else "--init_from_teacher replaces"
+        raise UserError(f"--lora_rank keeps the weights of --pre_train, but {other} them: give one of the two flags")
     if args.width_mult:
         full_network = make_full_network(args)
         return slim(full_network, args.width_mult), [full_network]
@@ -30,6 +37,10 @@ def make_networks(args: Namespace, needs: Set[str]) -> tuple[Network | Slice, li
     teachers = make_teachers(args) if needs_teacher or args.init_from_teacher else []
     if args.init_from_teacher:
         inherit(student, teachers[0], args.init_from_teacher)
+    if args.lora_rank:
+        student = LowRankAdapted(student, args.lora_rank)
+        log.info("--lora_rank %d: adapters of %d convolutions are trained, with %s parameters", args.lora_rank,
+                 len(student.names), f"{sum(x.numel() for x in student.adapters.parameters()):,}")
     return student, [fuse(teacher) for teacher in teachers] if needs_teacher else []
 
 
@@ -57,6 +68,9 @@ def make_student(args: Namespace) -> Network:
     pretrained = load_with_flags(args.pre_train, args, without={"scale", "width_mult"})
     if pretrained.scale == args.scale:
         return pretrained
+    if args.lora_rank:
+        raise UserError(f"--lora_rank: {args.pre_train} is a network for scale {pretrained.scale}, whose upsampler does not "
+                        f"fit --scale {args.scale}; give a network for that scale")
     student = type(pretrained)(**{**pretrained.config, "scale": args.scale})
     student.rgb_range = args.rgb_range
     state, initial = pretrained.state_dict(), student.state_dict()
