@@ -17,6 +17,7 @@ from loss.contrastive import contrast_l1
 from loss.degradation import degrade
 from loss.distribution import cross_entropy
 from model import slim
+from model.lora import LowRankAdapted, merged_parameters
 from model.rcan import RCAN
 
 DCKD = json.loads((GOLDEN / "losses_and_metrics.json").read_text())["DCKD"]
@@ -135,6 +136,17 @@ def test_DCR_contrasts_an_image_with_what_the_history_model_makes_of_it():
     expected = sum(w * (a - b).abs().mean() / (3 * (a - c).abs().mean() + 1e-7)
                    for w, a, b, c in zip((1 / 32, 1 / 16, 1 / 8, 1 / 4, 1), s, t, n))
     assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_history_is_an_average_of_merged_weights():
+    student = LowRankAdapted(RCAN(2, **SIZES), 2)
+    criterion, _ = make_loss("DCR", student, "--history_every 1")
+    history, start = criterion.terms["DCR"].history, [p.clone() for p in student.net.parameters()]
+    torch.nn.init.normal_(student.adapters[1].B)
+    criterion.update(loss.LossInputs(torch.zeros(1), None, None, None, iteration=1, ema_student=student))
+    expected = [0.1 * a + 0.9 * b for a, b in zip(start, merged_parameters(student), strict=True)]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(history.parameters(), expected, strict=True))
+    assert not all(torch.allclose(a, b, atol=1e-2) for a, b in zip(history.parameters(), start))
 
 
 @pytest.mark.parametrize("width", [None, 0.5])

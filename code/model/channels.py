@@ -222,8 +222,8 @@ def choose_channels(student: Network, teacher: Network, sources: dict[str, str],
 
     sources: {name of a parameter of the student: that of the teacher's}. reduced: (number of blocks of the student, of the
     teacher, indices of those taken) of each shortened sequence of blocks, whose outputs a convolution may take together.
-    Returns {name of a parameter of the student: {axis: indices}}. Raises UserError where the channels cannot be followed, or
-    the teacher has fewer of them.
+    Returns {name of a parameter of the student: {axis: indices}}. Raises UserError where the channels cannot be followed,
+    where the teacher has fewer of them, or where layers without a residual path around them are left out.
     """
     student_axes, teacher_axes = trace(student), trace(teacher)
     parameters, norms = dict(teacher.named_parameters()), Counter()
@@ -234,7 +234,12 @@ def choose_channels(student: Network, teacher: Network, sources: dict[str, str],
     teacher_sets = sets_of(teacher_axes, {source: source for source in sources.values()})
     chosen = {}  # group of the student -> group of the teacher
     for key, groups in sets_of(student_axes, sources).items():
-        candidates = teacher_sets.get(key, [])
+        candidates = teacher_sets.get(key)
+        if candidates is None:
+            layers = ", ".join(sorted({name for name, _ in key if name.endswith("weight")}))
+            raise UserError(f"--init_from_teacher norm: {layers} of the teacher do not share channels as in the student: "
+                            "layers between them are left out; give as many blocks as the teacher has, or "
+                            "--init_from_teacher first")
         if len(candidates) < len(groups):
             raise UserError(f"--init_from_teacher norm: the student has {len(groups)} channels at {min(key)[0]}, the "
                             f"teacher {len(candidates)} in the same place")
