@@ -24,7 +24,7 @@ from system.logger import log_to
 log = logging.getLogger("sr")
 # and model/*.pt, and a curve for each column of loss.csv and each test set of metrics.csv
 RESULTS = "state.pt", "metrics.csv", "images.csv", "loss.csv"
-OPTIONAL = {"gradients", "images"}  # entries of the history that not every epoch has
+OPTIONAL = {"gradients", "images", "total"}  # entries of the history that not every epoch has
 MODEL = re.compile(r"model_(best|latest|raw|[0-9]+)\.pt")
 REPLACED = ".replaced"  # where --reset keeps the old run until the new one has saved a state
 
@@ -194,7 +194,7 @@ class Experiment:
                        psnr=f"{psnr:.4f}", ssim=f"{ssim:.5f}")
                   for row in history for name, (psnr, ssim) in row["scores"].items()]
         losses = [dict(epoch=row["epoch"], iteration=row["iteration"], lr=f"{row['lr']:.4g}",
-                       **{name: f"{value:.6g}" for name, value in with_total(row["loss"]).items()},
+                       **{name: f"{value:.6g}" for name, value in with_total(row).items()},
                        **{f"{name}_gradient": f"{norm:.6g}" for name, norm in row.get("gradients", {}).items()})
                   for row in history]
         for name, rows in (("metrics.csv", scores), ("images.csv", images), ("loss.csv", losses)):
@@ -205,7 +205,7 @@ class Experiment:
     def _plot(self, history):
         curves = {}
         for row in history:
-            points = {(f"loss_{name}", f"{name}, weighted"): value for name, value in with_total(row["loss"]).items()}
+            points = {(f"loss_{name}", f"{name}, weighted"): value for name, value in with_total(row).items()}
             points |= {(f"loss_{name}_gradient", f"gradient norm of {name}, weighted"): norm
                        for name, norm in row.get("gradients", {}).items()}
             points |= {(f"psnr_{name}", f"PSNR (dB) on {name} x{self.args.scale}"): psnr
@@ -280,24 +280,25 @@ def check_history(history: object, terms: Iterable[str], iteration: int) -> None
     for epoch, row in enumerate(history, 1):
         if not isinstance(row, dict) or row.keys() - OPTIONAL != {"epoch", "iteration", "lr", "loss", "scores"}:
             raise ValueError(f"history has an odd entry {epoch}")
-        gradients, images = row.get("gradients", row["loss"]), row.get("images", {})
+        losses, gradients, images = with_total(row), row.get("gradients", {}), row.get("images", {})
         scores = [*row["scores"].values(), *(pair for per_image in images.values() for _, *pair in per_image)]
-        numbers = [row["lr"], *row["loss"].values(), *gradients.values(), *(value for pair in scores for value in pair)]
+        numbers = [row["lr"], *losses.values(), *gradients.values(), *(value for pair in scores for value in pair)]
         counted = row["epoch"] == epoch and type(row["iteration"]) is int and last < row["iteration"] <= iteration
-        named = (list(row["loss"]) == list(gradients) == list(terms) and images.keys() <= row["scores"].keys()
-                 and all(name == Path(name).name for name in row["scores"])
+        named = (row["loss"] and all(list(row[key]) == [name for name in terms if name in row[key]]  # some are of other stages
+                                     for key in ("loss", "gradients") if key in row)
+                 and images.keys() <= row["scores"].keys() and all(name == Path(name).name for name in row["scores"])
                  and all(type(name) is str for per_image in images.values() for name, *_ in per_image))
         if not counted or not named or any(len(pair) != 2 for pair in scores):
             raise ValueError(f"history has an odd entry {epoch}")
         if not all(isinstance(value, float) for value in numbers) or not all(
-                map(math.isfinite, (*row["loss"].values(), *gradients.values()))):
+                map(math.isfinite, (*losses.values(), *gradients.values()))):
             raise ValueError(f"history has odd numbers in entry {epoch}")
         last = row["iteration"]
 
 
-def with_total(losses: dict[str, float]) -> dict[str, float]:
-    """Return the loss terms of an epoch with their sum, `total`, in front."""
-    return {"total": sum(losses.values()), **losses}
+def with_total(row: dict) -> dict[str, float]:
+    """Return the loss terms of an epoch of the history, with the loss, `total`, in front, which older states lack."""
+    return {"total": row.get("total", sum(row["loss"].values())), **row["loss"]}
 
 
 def draw_curve(points: list[tuple[int, float]], label: str) -> bytes:

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from data import eco
 from data.teacher_cache import decode
-from data.views import forward_by_size, make_views
+from data.views import View, forward_by_size, make_views
 from loss import Loss, LossInputs, Output
 from loss.consistency import with_label_consistency
 from system.device import autocast
@@ -33,19 +34,23 @@ class Distiller(nn.Module):
     """The computation of a training step, a module that DistributedDataParallel can wrap.
 
     student, teachers: networks of model/; if there are several teachers, one is drawn at random for each batch. loss: the
-    weighted terms. upcycle: pairs of weight and name of the views beside the original batch (data/views.py). n_zoom_in:
+    weighted terms. upcycle: pairs of weight and name of the views beside the original batch (data/views.py). upcycle_every:
+    they are made in the first and then in every such iteration, with their weights multiplied by this number. n_zoom_in:
     tiles per image. zoom_in_tiles: `image` or `batch`, for which the tiles are drawn. label_consistency: probability of each
     operation on the student's inputs (loss/consistency.py) of the views label_consistency_views, `all` of them by default.
+    eco_iterations: the number of iterations of a run with ECO (data/eco.py), 0 without it.
     rgb_range: maximum of the images that the networks take. precision: single, half or bf16, that of the networks.
     """
 
     def __init__(self, student: nn.Module, teachers: Sequence[nn.Module], loss: Loss, *, upcycle: Sequence = (),
-                 n_zoom_in: int = 1, zoom_in_tiles: str = "image", label_consistency: float = 0,
-                 label_consistency_views: Collection[str] = ("all",), rgb_range: float = 255, precision: str = "single"):
+                 upcycle_every: int = 1, n_zoom_in: int = 1, zoom_in_tiles: str = "image", label_consistency: float = 0,
+                 label_consistency_views: Collection[str] = ("all",), eco_iterations: int = 0, rgb_range: float = 255,
+                 precision: str = "single"):
         super().__init__()
         self.student, self.teachers, self.loss = student, nn.ModuleList(teachers), loss
-        self.make_views = partial(make_views, scale=student.scale, upcycle=upcycle, n_zoom_in=n_zoom_in,
-                                  zoom_in_tiles=zoom_in_tiles)
+        self.make_views = partial(make_views, scale=student.scale, n_zoom_in=n_zoom_in, zoom_in_tiles=zoom_in_tiles)
+        self.upcycle = [(weight * upcycle_every, name) for weight, name in upcycle]
+        self.upcycle_every, self.eco_iterations = upcycle_every, eco_iterations
         self.label_consistency, self.label_consistency_views = label_consistency, label_consistency_views
         self.rgb_range, self.precision = rgb_range, precision
         self.compiled = {}  # network: its compiled form, for training only: test images have many sizes
@@ -79,22 +84,29 @@ class Distiller(nn.Module):
         weighted value of each term without a graph (with log_gradients also the squared norms of their gradients, see
         `Loss.forward`), and the detached inputs of the original batch, for `loss.update` after the optimiser step.
         """
-        views = self.make_views(lr.to(self.device, non_blocking=True), hr.to(self.device, non_blocking=True))
+        views = self.make_views(lr.to(self.device, non_blocking=True), hr.to(self.device, non_blocking=True),
+                                upcycle=() if iteration % self.upcycle_every else self.upcycle)
+        views = [view for view in views if self.loss.terms_on(view.name, view.hr is not None, iteration)]
         for view in views:
             view.lr, view.hr = self.to_input(view.lr), None if view.hr is None else self.to_input(view.hr)
-        needs = [self.loss.needs_on(view.name, view.hr is not None) for view in views]
-        inputs, features = [view.lr for view in views], ["features" in need for need in needs]
-        probabilities = [self.label_consistency * (not {"all", view.name}.isdisjoint(self.label_consistency_views))
-                         for view in views]
-        students = with_label_consistency(
-            partial(forward_by_size, partial(self.run, self.student), features=features), inputs, probabilities,
-            self.rgb_range)
         number = self.draw_teacher()
         teacher = None if number is None else self.teachers[number]
         cached = None
         if teacher_outputs is not None:
             sr = teacher_outputs.unflatten(1, (len(self.teachers), -1, 3))[:, number].to(self.device, non_blocking=True)
             cached = Output(self.to_input(decode(sr).mean(1)))
+        weight = eco.weight_of_hr(iteration / self.eco_iterations) if self.eco_iterations else 1
+        if weight < 1:
+            self.mix(views[0], teacher, cached, weight)
+        needs = [self.loss.needs_on(view.name, view.hr is not None, iteration) for view in views]
+        if weight < 1 or "features" in needs[0]:
+            cached = None  # of another LR, or without feature maps
+        inputs, features = [view.lr for view in views], ["features" in need for need in needs]
+        probabilities = [self.label_consistency * (not {"all", view.name}.isdisjoint(self.label_consistency_views))
+                         for view in views]
+        students = with_label_consistency(
+            partial(forward_by_size, partial(self.run, self.student), features=features), inputs, probabilities,
+            self.rgb_range)
         outputs = self.teacher_outputs(teacher, inputs, features, needs, cached)
         steps = [LossInputs(view.lr, view.hr, student, output and output.detach(),
                             output.sr if "teacher_grad" in need else None, view.name, view.weight, iteration, teacher,
@@ -102,6 +114,15 @@ class Distiller(nn.Module):
                  for view, need, student, output in zip(views, needs, students, outputs)]
         total, values = self.loss(*steps, log_gradients=log_gradients)
         return total, values, steps[0].detach()
+
+    @torch.no_grad()
+    def mix(self, view: View, teacher: nn.Module, cached: Output | None, weight: float) -> None:
+        """Replace LR and HR of the original batch by the mixtures of ECO with this weight of LR and HR.
+
+        cached: the teacher's output, if it is cached.
+        """
+        output = cached or self.run(teacher, view.lr, features=False)
+        view.lr, view.hr = eco.mix(view.lr, view.hr, output.sr, weight, self.student.scale, self.rgb_range)
 
     def teacher_outputs(self, teacher: nn.Module, inputs: list[torch.Tensor], features: list[bool],
                         needs: list[frozenset], cached: Output | None) -> list[Output | None]:
@@ -162,7 +183,8 @@ def build_distiller(args: Namespace, student: nn.Module, teachers: Sequence[nn.M
     """Build a Distiller from the flags."""
     if args.teacher_choice == "mean" and teachers:
         teachers = [MeanTeacher(teachers)]
-    return Distiller(student, teachers, loss, upcycle=args.upcycle, n_zoom_in=args.n_zoom_in,
-                     zoom_in_tiles=args.zoom_in_tiles, label_consistency=args.label_consistency,
-                     label_consistency_views=args.label_consistency_views, rgb_range=args.rgb_range,
+    return Distiller(student, teachers, loss, upcycle=args.upcycle, upcycle_every=args.upcycle_every,
+                     n_zoom_in=args.n_zoom_in, zoom_in_tiles=args.zoom_in_tiles, label_consistency=args.label_consistency,
+                     label_consistency_views=args.label_consistency_views,
+                     eco_iterations=args.epochs * args.test_every if args.eco else 0, rgb_range=args.rgb_range,
                      precision=args.precision)

@@ -22,13 +22,13 @@ from option_types import (
     parse_decay,
     parse_features,
     parse_list,
-    parse_loss,
     parse_names,
     parse_numbers,
     parse_once,
     parse_point,
     parse_rdn_config,
     parse_scales,
+    parse_stages,
     parse_steps,
     parse_view_names,
     parse_views,
@@ -43,6 +43,7 @@ from option_types import (
     repeats_or_none,
     seed,
     size,
+    stage_ends,
     window,
 )
 from template import TEMPLATES
@@ -50,7 +51,10 @@ from template import TEMPLATES
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "Compact", "SPAN", "SAN", "SwinIR"
 PUBLISHED_LOSS_FLAGS = ("alpha", "feature_loss_used", "feature_distilation_type")
-L1_OF_IMAGES = "DS", "TS", "LC", "T_DS"
+EXPONENTS = {  # of the terms that compare images: they grow with this power of the images' range
+    **dict.fromkeys(("LC", "T_DS", "TS_masked"), 1),
+    **{f"{target}{distance}": 2 if distance == "_MSE" else 1 for target in ("DS", "TS")
+       for distance in ("", "_MSE", "_Charbonnier", "_FFT", "_gradient", "_wavelet")}}
 SIZES = {flag for preset in TEMPLATES.values() if "model" in preset for flag in preset}
 PATHS = "dir_data", "dir_demo", "dir_cache", "vgg_path", "vqgan_path", "pre_train", "ckp_dir", "ckp_path", "teacher"
 
@@ -198,7 +202,8 @@ def _add_loss_flags(parser):
     group = parser.add_argument_group("loss", "Terms of the loss, with S the student's output and T the teacher's: DS is "
                                               "L1(S, HR), TS is L1(S, T); README.md lists all terms.")
     group.add_argument("--loss", default="",
-                       help="weighted sum of terms, such as 0.5*DS+0.5*TS+10*SA; replaces the next three flags")
+                       help="weighted sum of terms, such as 0.5*DS+0.5*TS+10*SA; replaces the next three flags. For several "
+                            "stages of the iterations: 1*DS+1*TS@0-80%%,1*DS_MSE@80-100%%")
     group.add_argument("--alpha", type=probability, default=0.5, help="weight of TS; the weight of DS is 1 - alpha")
     group.add_argument("--feature_loss_used", type=int, choices=(0, 1), default=1,
                        help="1 adds the terms of --feature_distilation_type to the loss, 0 does not")
@@ -219,6 +224,9 @@ def _add_view_flags(parser):
     group.add_argument("--upcycle", type=parse_views, default="",
                        help="additional weighted inputs made from each batch, such as 1*zoom_in+1*zoom_out. zoom_in: crops "
                             "of HR, as large as LR, without ground truth; zoom_out: downscaled LR, with LR as ground truth")
+    group.add_argument("--upcycle_every", type=positive, default=1,
+                       help="make the inputs of --upcycle in the first and then in every K-th iteration only; their weights "
+                            "are multiplied by K, so that the expected loss is the same")
     group.add_argument("--n_zoom_in", type=repeats, default=1, help="number of zoom_in crops per image")
     group.add_argument("--zoom_in_tiles", choices=("image", "batch"), default="image",
                        help="draw the zoom_in crops for each image, or once for all images of a batch, as in DUKD's code")
@@ -236,6 +244,10 @@ def _add_view_flags(parser):
                             "This is an approximation: near the border of a crop, and for flipped or transposed crops, the "
                             "two outputs differ. The teacher still runs for terms and inputs that need more. self_ensemble: "
                             "cache the average of its outputs for 8 flips and transposes (EDSR+)")
+    group.add_argument("--eco", action="store_true",
+                       help="train on mixtures of (LR, HR) and (downscaled teacher output, teacher output): on the latter "
+                            "alone in the first quarter of the iterations, on the former alone in the last (Lee and Heo, "
+                            "AAAI 2024)")
 
 
 def _add_term_flags(parser):
@@ -287,19 +299,21 @@ def _add_training_flags(parser):
     group.add_argument("--split_batch", type=size, default=1,
                        help="divide each batch into this many parts and accumulate their gradients, to save memory; terms "
                             "that compare the images of a batch (IA, CSD, NCE) then compare those of a part")
-    group.add_argument("--optimizer", choices=("ADAM", "SGD", "RMSprop"), default="ADAM", help="optimiser")
+    group.add_argument("--optimizer", choices=("ADAM", "ADAMW", "SGD", "RMSprop"), default="ADAM", help="optimiser")
     group.add_argument("--lr", type=positive_number, default=1e-4, help="learning rate")
     group.add_argument("--decay", type=parse_decay, default="150-300-450-600",
                        help="epochs, counted from 1, at whose start the learning rate is multiplied by --gamma, as in "
                             "EDSR-PyTorch; or iterations, such as 100000-200000it, after which it is; or cosine: cosine "
-                            "annealing to 0")
+                            "annealing to --lr_end")
+    group.add_argument("--lr_end", type=not_negative, default=0, help="learning rate at the end of --decay cosine")
     group.add_argument("--warmup", type=natural, default=0,
                        help="number of iterations at the start over which the learning rate rises linearly")
     group.add_argument("--gamma", type=decay_factor, default=0.5, help="factor of the learning rate at each step of --decay")
     group.add_argument("--momentum", type=fraction, default=0.9, help="momentum of SGD and RMSprop")
-    group.add_argument("--betas", type=parse_betas, default="0.9,0.999", help="betas of ADAM")
-    group.add_argument("--epsilon", type=positive_number, default=1e-8, help="epsilon of ADAM and RMSprop")
-    group.add_argument("--weight_decay", type=not_negative, default=0, help="weight decay (L2 penalty)")
+    group.add_argument("--betas", type=parse_betas, default="0.9,0.999", help="betas of ADAM and ADAMW")
+    group.add_argument("--epsilon", type=positive_number, default=1e-8, help="epsilon of ADAM, ADAMW and RMSprop")
+    group.add_argument("--weight_decay", type=not_negative, default=0,
+                       help="weight decay: an L2 penalty, or with ADAMW decoupled from the gradient")
     group.add_argument("--gclip", type=not_negative, default=0,
                        help="maximum absolute value of each element of the gradient, as in EDSR; 0 does not clip it")
     group.add_argument("--grad_norm", type=not_negative, default=0,
@@ -401,7 +415,7 @@ def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.
         parser.error(f"{', '.join(duplicates)} cannot be combined with the loss string {args.loss}: give one of them")
     try:
         args.loss = args.loss or published_loss(args)
-        parse_loss(args.loss)
+        parse_stages(args.loss)
         for name in PATHS:
             setattr(args, name, expanded(name, getattr(args, name)))
     except ValueError as error:
@@ -432,14 +446,20 @@ def join_presets(presets: Sequence[dict[str, object]]) -> dict[str, object]:
 def convert_weights(loss: str, factor: float) -> str:
     """Return a loss string for images that are `factor` times as large in value as those of its published weights.
 
-    L1 terms between images grow with the images; the other terms do not, and their weights are multiplied instead.
+    The new loss is `factor` times the old one. L1 terms between images grow so by themselves, an MSE grows with the square
+    of the factor, the other terms do not grow; the weights make up for it.
     """
-    return "+".join(f"{weight * (1 if name in L1_OF_IMAGES else factor):g}*{name}" for weight, name in parse_loss(loss))
+    start, strings = 0, []
+    for end, terms in parse_stages(loss):
+        string = "+".join(f"{weight * factor ** (1 - EXPONENTS.get(name, 0)):g}*{name}" for weight, name in terms)
+        strings.append(string if "@" not in loss else f"{string}@{start:g}-{end:g}%")
+        start = end
+    return ",".join(strings)
 
 
 def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with one line and status 2 where flags contradict each other."""
-    for name in ("n_zoom_in", "zoom_in_tiles", "view_terms"):
+    for name in ("upcycle_every", "n_zoom_in", "zoom_in_tiles", "view_terms"):
         if name in args.given and not args.upcycle:
             parser.error(f"--{name} applies to the inputs of --upcycle, which is not given: give both")
     for name in ("n_zoom_in", "zoom_in_tiles"):
@@ -460,6 +480,16 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--cache_teacher needs a fixed teacher, but --width_mult trains it with the student: give one of them")
     if "teacher_choice" in args.given and len(args.teacher or ()) < 2:
         parser.error("--teacher_choice applies to several teachers: give --teacher [A,B]")
+    if args.eco and args.width_mult:
+        parser.error("--eco needs a fixed teacher, but --width_mult trains it with the student: give one of them")
+    if "lr_end" in args.given and args.decay != "cosine":
+        parser.error(f"--lr_end {args.lr_end:g} is the end of --decay cosine, which is not given: give both")
+    if args.lr_end > args.lr:
+        parser.error(f"--lr_end {args.lr_end:g} must not be larger than --lr {args.lr:g}")
+    ends = [0, *stage_ends(parse_stages(args.loss), args.epochs * args.test_every)]
+    if len(set(ends)) < len(ends):
+        parser.error(f"--loss {args.loss}: a run of {ends[-1]} iterations (--epochs x --test_every) has none in one of the "
+                     "stages")
     if args.warmup >= args.epochs * args.test_every and args.warmup:
         parser.error(f"--warmup {args.warmup} must be shorter than the run, which has {args.epochs * args.test_every} "
                      "iterations (--epochs x --test_every)")

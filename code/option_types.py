@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from system.errors import UserError
@@ -247,6 +248,33 @@ def parse_loss(string: str, what: str = "loss", item: str = "TERM") -> list[tupl
             raise ValueError(f"{what} {string!r}: duplicate {item.lower()} {match[2]}")
         terms.append((weight, match[2]))
     return terms
+
+
+def parse_stages(string: str) -> list[tuple[float, list[tuple[float, str]]]]:
+    """Parse 'DS+TS@0-80%,DS_MSE@80-100%' as [(80, [(1, 'DS'), (1, 'TS')]), (100, [(1, 'DS_MSE')])]; raises ValueError.
+
+    Each stage is its end, in percent of the iterations, and its terms. A string without @ is a single stage.
+    """
+    if "@" not in string:
+        return [(100, parse_loss(string))]
+    stages, reached = [], 0
+    for part in string.replace(" ", "").split(","):
+        match = re.fullmatch(r"(.*)@([0-9]+(?:\.[0-9]+)?)-([0-9]+(?:\.[0-9]+)?)%", part)
+        if not match:
+            raise ValueError(f"loss {string!r}: {part!r} is not of the form TERMS@FROM-TO%")
+        start, end = float(match[2]), float(match[3])
+        if start != reached or not start < end <= 100:
+            raise ValueError(f"loss {string!r}: {part!r} must begin at {reached:g}% and end later, at 100% at most")
+        stages.append((end, parse_loss(match[1])))
+        reached = end
+    if reached != 100:
+        raise ValueError(f"loss {string!r}: the last stage must end at 100%, not at {reached:g}%")
+    return stages
+
+
+def stage_ends(stages: Sequence[tuple[float, object]], iterations: int) -> list[int]:
+    """Return the iteration before which each stage of `parse_stages` ends, in a run of that many iterations."""
+    return [round(end * iterations / 100) for end, _ in stages]
 
 
 def parse_views(string: str) -> list[tuple[float, str]]:

@@ -14,6 +14,8 @@ def make_optimizer(args: Namespace, parameters: Iterable[nn.Parameter]) -> torch
     shared = dict(lr=args.lr, weight_decay=args.weight_decay)
     if args.optimizer == "ADAM":
         return torch.optim.Adam(parameters, betas=args.betas, eps=args.epsilon, fused=True, **shared)
+    if args.optimizer == "ADAMW":  # Loshchilov and Hutter, ICLR 2019: decoupled weight decay
+        return torch.optim.AdamW(parameters, betas=args.betas, eps=args.epsilon, fused=True, **shared)
     if args.optimizer == "SGD":
         return torch.optim.SGD(parameters, momentum=args.momentum, fused=True, **shared)
     return torch.optim.RMSprop(parameters, momentum=args.momentum, eps=args.epsilon, **shared)
@@ -32,7 +34,7 @@ def learning_rate(args: Namespace, iteration: int) -> float:
 def _after_warmup(args, iteration):
     if args.decay == "cosine":
         part = max(iteration - args.warmup, 0) / (args.epochs * args.test_every - args.warmup)
-        return args.lr * 0.5 * (1 + math.cos(math.pi * part))
+        return args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * part))
     # epochs are counted from 1, and --decay 150 acts in the 150th already: EDSR-PyTorch steps its scheduler before an epoch
     reached = iteration if isinstance(args.decay, Iterations) else iteration // args.test_every + 1
     return args.lr * args.gamma ** sum(reached >= step for step in args.decay)

@@ -45,8 +45,8 @@ class Trainer:
         self.iteration, self.iterations = 0, args.epochs * args.test_every
         self.history = []  # a dict for each epoch, from which the CSV files and curves are written
         self.sums = torch.zeros(len(self.loss.names), dtype=torch.float64, device=device)  # of the terms, in this epoch
-        # sums over the logged iterations of this epoch: the gradient norm of each term, and 1
-        self.gradients = torch.zeros(len(self.loss.names) + 1, dtype=torch.float64, device=device)
+        # of each term: the sum of its gradient norms over the logged iterations of this epoch, and their number
+        self.gradients = torch.zeros(2, len(self.loss.names), dtype=torch.float64, device=device)
         self.last_lr = None  # LR images of the last batch, with which the weights are checked before they are saved
         if experiment.state is not None:
             resume.load_state(self, experiment.state, experiment.folder / "state.pt")
@@ -100,9 +100,9 @@ class Trainer:
                     self.check_loss()
                     now = time.monotonic()
                     log.info("[%d/%d] %s  %.2f it/s, waiting for data %.1f %%", self.iteration, self.iterations,
-                             self.format_terms(self.sums / self.summed_iterations),
+                             format_terms(*self.mean_loss()),
                              (self.iteration - printed) / (now - began), 100 * waited / (now - began))
-                    progress.set_postfix_str(self.format_terms(values), refresh=False)
+                    progress.set_postfix_str(format_terms(*self.loss_of(values)), refresh=False)
                     began, waited, printed = now, 0.0, self.iteration
                 elif self.device.type == "cpu":  # on a GPU this would synchronise in every iteration
                     self.check_loss()
@@ -115,10 +115,21 @@ class Trainer:
         self.save_state()
         return True
 
-    @property
-    def summed_iterations(self) -> int:
-        """The number of iterations in `sums`, which is not --test_every if a resumed run has changed that flag."""
-        return self.iteration - (self.history[-1]["iteration"] if self.history else 0)
+    def loss_of(self, values: torch.Tensor) -> tuple[float, dict[str, float]]:
+        """Return the sum of the values of the terms, and each value."""
+        values = values.tolist()
+        return sum(values), dict(zip(self.loss.names, values))
+
+    def mean_loss(self) -> tuple[float, dict[str, float]]:
+        """Return the mean of the loss over the epoch so far, and of each term over the iterations of its stages."""
+        start = self.history[-1]["iteration"] if self.history else 0
+        total, means = 0, {}
+        for name, value in self.loss_of(self.sums)[1].items():
+            count = self.loss.count(name, start, self.iteration)
+            if count:
+                means[name] = value / count
+                total += means[name] * (count / (self.iteration - start))
+        return total, means
 
     def step(self, lr: torch.Tensor, hr: torch.Tensor, teacher_outputs: torch.Tensor | None = None) -> torch.Tensor:
         """Update the student once, given a batch of `make_batches`; return the weighted values of the terms."""
@@ -160,7 +171,8 @@ class Trainer:
         Norms that are not finite are left out: --precision half skips such an update, and otherwise the run ends.
         """
         if norms.isfinite().all():
-            self.gradients += torch.cat([norms, norms.new_ones(1)])
+            weights = self.loss.weights_at(self.iteration)
+            self.gradients += torch.stack([norms, norms.new_tensor([name in weights for name in self.loss.names])])
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -172,9 +184,9 @@ class Trainer:
         if not torch.isfinite(self.sums).all():
             if distributed.rank():
                 sys.exit(2)  # as all ranks do; rank 0 reports it
-            raise UserError(f"the loss is not finite at iteration {self.iteration}: {self.format_terms(self.sums)}; the "
-                            f"last checkpoints are in {self.experiment.folder}; try a lower --lr, --grad_norm, or "
-                            "--precision single")
+            raise UserError(f"the loss is not finite at iteration {self.iteration}: "
+                            f"{format_terms(*self.loss_of(self.sums))}; the last checkpoints are in "
+                            f"{self.experiment.folder}; try a lower --lr, --grad_norm, or --precision single")
 
     @torch.no_grad()
     def check_weights(self) -> None:
@@ -184,13 +196,8 @@ class Trainer:
         outputs = [self.distiller.run(net, self.last_lr, features=False).sr for net in nets if self.last_lr is not None]
         if not all(x.isfinite().all() for x in [*outputs, *self.loss.parameters()]):
             raise UserError(f"after the update of iteration {self.iteration} the outputs are not finite (terms of the "
-                            f"loss, summed over the epoch: {self.format_terms(self.sums)}); try a lower --lr, or "
-                            "--grad_norm")
-
-    def format_terms(self, values: torch.Tensor) -> str:
-        """Format the sum of the terms and each of them."""
-        values = values.tolist()
-        return f"loss {sum(values):.4f}" + "".join(f" {name} {value:.4f}" for name, value in zip(self.loss.names, values))
+                            f"loss, summed over the epoch: {format_terms(*self.loss_of(self.sums))}); try a lower --lr, "
+                            "or --grad_norm")
 
     def test_epoch(self) -> None:
         """Test the student, add the epoch to the history, and save everything."""
@@ -206,13 +213,13 @@ class Trainer:
         if None in scores:
             return
         epoch = len(self.history) + 1
-        *norms, logged = self.gradients.tolist()
-        gradients = {"gradients": {name: norm / logged for name, norm in zip(self.loss.names, norms)}} if logged else {}
+        total, means = self.mean_loss()
+        gradients = {name: norm / count for name, norm, count in zip(self.loss.names, *self.gradients.tolist()) if count}
         self.history.append(dict(
-            epoch=epoch, iteration=self.iteration, lr=learning_rate(self.args, self.iteration - 1),
-            loss=dict(zip(self.loss.names, (self.sums / self.summed_iterations).tolist())),
+            epoch=epoch, iteration=self.iteration, lr=learning_rate(self.args, self.iteration - 1), total=total, loss=means,
             scores={s.dataset: (s.psnr, s.ssim) for s in scores if s.psnr is not None},
-            images={s.dataset: s.per_image for s in scores if s.psnr is not None}, **gradients))
+            images={s.dataset: s.per_image for s in scores if s.psnr is not None},
+            **({"gradients": gradients} if gradients else {})))
         self.sums.zero_()
         self.gradients.zero_()
         best = evaluation.best(self.history)
@@ -237,6 +244,11 @@ class Trainer:
         if not distributed.rank():
             self.check_weights()
             self.experiment.save_state(resume.state_of(self))
+
+
+def format_terms(total: float, values: dict[str, float]) -> str:
+    """Format the loss and each of its terms."""
+    return f"loss {total:.4f}" + "".join(f" {name} {value:.4f}" for name, value in values.items())
 
 
 def bar(description: str, first: int, start: int, stop: int) -> tqdm:

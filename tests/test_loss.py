@@ -232,7 +232,7 @@ def test_terms_of_weight_zero_are_left_out():
     assert loss.needs_of("0*TS+1*DS") == {"hr"}
 
 
-@pytest.mark.parametrize("string, words", [("1*DS+2*XY", "no term XY.*DS, TS, SA"), ("0*DS+0*TS", "every weight is 0")])
+@pytest.mark.parametrize("string, words", [("1*DS+2*XY", "no term XY.*DS, TS, .*SA"), ("0*DS+0*TS", "every weight is 0")])
 def test_loss_that_cannot_be_is_explained(string, words):
     with pytest.raises(UserError, match=words):
         make_loss(string)

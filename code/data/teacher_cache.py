@@ -67,9 +67,12 @@ def cache_outputs(crops: Crops, teachers: Iterable[nn.Module], paths: Iterable[P
         crops.teacher_kinds.append(kind)
 
 
-def uncached_uses(loss: Loss, views: Iterable[PlannedView]) -> list[str]:
-    """Return the terms, with their views, for which a teacher runs in spite of cached outputs, such as TS (zoom_in)."""
-    more = {"features", "teacher_grad", "teacher_net"}
+def uncached_uses(loss: Loss, views: Iterable[PlannedView], eco: bool = False) -> list[str]:
+    """Return the terms, with their views, for which a teacher runs in spite of cached outputs, such as TS (zoom_in).
+
+    eco: whether the cached outputs are those for LR while the student's inputs are the mixtures of --eco.
+    """
+    more = {"features", "teacher_grad", "teacher_net"} | ({"teacher"} if eco else set())
     found = [f"{name} (original batch)" for name in loss.names if loss.terms[name].needs & more]
     found += [f"{name} ({view.name})" for view in views for name in loss.terms_on(view.name, view.has_hr)
               if loss.terms[name].needs & {"teacher", "teacher_net"}]
@@ -83,10 +86,11 @@ def prepare(crops: Crops, loss: Loss, context: Context, paths: Iterable[Path | s
     self-ensemble of a teacher is requested that runs on the original batch in any case.
     """
     needs = loss.needs_on("original", True)
-    running = ", ".join(uncached_uses(loss, context.views))
-    if not needs & {"teacher", "teacher_net"}:
+    eco = context.args.eco
+    running = ", ".join(uncached_uses(loss, context.views, eco))
+    if not eco and not needs & {"teacher", "teacher_net"}:
         raise UserError(f"--cache_teacher: no term of {context.args.loss} uses a teacher")
-    if "teacher" not in needs or needs & {"features", "teacher_grad"}:
+    if not eco and ("teacher" not in needs or needs & {"features", "teacher_grad"}):
         if context.args.cache_teacher == "self_ensemble":
             raise UserError(f"--cache_teacher self_ensemble: the teacher runs on every batch, without self-ensemble, for "
                             f"{running}; leave out these terms, or self_ensemble")

@@ -1,16 +1,17 @@
-"""The loss: a string of weighted terms such as `0.5*DS+0.5*TS+10*SA`.
+"""The loss: a string of weighted terms such as `0.5*DS+0.5*TS+10*SA`, or one for each of several stages of the training.
 
 Each file of this package holds a family of terms: its classes, `TERMS`, their names in the string, and `build_term`, which
 maps the command-line flags to their constructors. The classes do not depend on the flags: any script can use them.
 """
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from loss import adversarial, affinity, consistency, contrastive, distribution, feature, nce, pixel
 from loss.term import Context, LossInputs, Output, Term, concatenate
-from option_types import parse_loss
+from option_types import parse_stages, stage_ends
 from system.errors import UserError
 
 __all__ = ["TERMS", "Context", "Loss", "LossInputs", "Output", "Term", "build_loss", "concatenate", "needs_of"]
@@ -20,72 +21,90 @@ FAMILIES = {name: family for family in (pixel, affinity, feature, contrastive, c
 TERMS = {name: family.TERMS[name] for name, family in FAMILIES.items()}
 
 
-def parse(string: str) -> dict[str, float]:
-    """Parse '0.5*DS+10*SA' to {'DS': 0.5, 'SA': 10.0}, leaving out weights of 0; raises UserError."""
-    weights = {name: weight for weight, name in parse_loss(string)}
-    unknown = next((name for name in weights if name not in TERMS), None)
-    if unknown:
-        raise UserError(f"loss {string!r}: there is no term {unknown}; the terms are {', '.join(TERMS)}")
-    weights = {name: weight for name, weight in weights.items() if weight}
-    if not weights:
-        raise UserError(f"loss {string!r}: every weight is 0, so nothing would be trained")
-    return weights
+def parse(string: str) -> list[dict[str, float]]:
+    """Parse '0.5*DS+10*SA' to [{'DS': 0.5, 'SA': 10.0}], the weights in each stage without those of 0; raises UserError."""
+    stages = []
+    for _, terms in parse_stages(string):
+        unknown = next((name for _, name in terms if name not in TERMS), None)
+        if unknown:
+            raise UserError(f"loss {string!r}: there is no term {unknown}; the terms are {', '.join(TERMS)}")
+        stages.append({name: weight for weight, name in terms if weight})
+        if not stages[-1]:
+            raise UserError(f"loss {string!r}: every weight is 0, so nothing would be trained")
+    return stages
+
+
+def names_of(stages: Iterable[dict[str, float]]) -> list[str]:
+    """Return the names of the terms of all stages, each once."""
+    return list(dict.fromkeys(name for weights in stages for name in weights))
 
 
 def needs_of(string: str) -> frozenset[str]:
     """Return the union of the `needs` of the terms of a loss string."""
-    return frozenset().union(*(TERMS[name].needs for name in parse(string)))
+    return frozenset().union(*(TERMS[name].needs for name in names_of(parse(string))))
 
 
 def build_loss(string: str, context: Context) -> "Loss":
     """Build the loss from its string and the flags; raises UserError where a term does not fit the flags or networks."""
-    weights = parse(string)
-    views, view_terms = list(context.views), context.args.view_terms if context.views else []
-    check_views(weights, views, view_terms)
-    return Loss({name: FAMILIES[name].build_term(name, context) for name in weights}, weights, view_terms)
+    stages, args = parse(string), context.args
+    names, views, view_terms = names_of(stages), list(context.views), args.view_terms if context.views else []
+    check_views(names, views, view_terms)
+    ends = stage_ends(parse_stages(string), args.epochs * args.test_every) if len(stages) > 1 else [math.inf]
+    return Loss({name: FAMILIES[name].build_term(name, context) for name in names}, list(zip(ends, stages)), view_terms)
 
 
 class Loss(nn.Module):
     """Weighted sum of terms over the views of a batch.
+
+    stages: pairs of the iteration before which a stage ends and the weights of its terms, which alone are computed and
+    updated in the stage.
 
     On views other than the original batch (data/views.py) the terms are those of `view_terms`, or, if that is empty, all
     that compare no feature maps. Terms that train the teacher are not computed on them, nor are terms that need ground truth
     on a view without it.
     """
 
-    def __init__(self, terms: dict[str, Term], weights: dict[str, float], view_terms: list[str] = ()):
+    def __init__(self, terms: dict[str, Term], stages: Sequence[tuple[float, dict[str, float]]],
+                 view_terms: list[str] = ()):
         super().__init__()
-        self.weights, self.view_terms = weights, view_terms
+        self.stages, self.view_terms = stages, view_terms
         self.names = list(terms)
         self.terms = nn.ModuleDict(terms)
 
-    def terms_on(self, view: str, has_hr: bool) -> list[str]:
-        """Return the names of the terms that are computed on a view."""
-        return terms_on(self.names, view, has_hr, self.view_terms)
+    def weights_at(self, iteration: int) -> dict[str, float]:
+        """Return the weights of the stage in which an iteration is; those of the last stage after its end."""
+        return next((weights for end, weights in self.stages if iteration < end), self.stages[-1][1])
 
-    def needs_on(self, view: str, has_hr: bool) -> frozenset[str]:
-        """Return the union of the `needs` of the terms on a view."""
-        return frozenset().union(*(TERMS[name].needs for name in self.terms_on(view, has_hr)))
+    def terms_on(self, view: str, has_hr: bool, iteration: int | None = None) -> list[str]:
+        """Return the names of the terms that are computed on a view, in an iteration or (None) in any of them."""
+        names = self.names if iteration is None else self.weights_at(iteration)
+        return terms_on(names, view, has_hr, self.view_terms)
+
+    def needs_on(self, view: str, has_hr: bool, iteration: int | None = None) -> frozenset[str]:
+        """Return the union of the `needs` of the terms on a view, in an iteration or (None) in any of them."""
+        return frozenset().union(*(TERMS[name].needs for name in self.terms_on(view, has_hr, iteration)))
 
     def forward(self, *views: LossInputs, log_gradients: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the loss in float32.
 
         views: the inputs of each view. Returns the sum and, detached, the weighted value of each term in the order of
-        `names`; with log_gradients 2 x terms, these values and the squared norms of their gradients (`squared_gradient`).
+        `names`, 0 for those of other stages; with log_gradients 2 x terms, these values and the squared norms of their
+        gradients (`squared_gradient`).
         """
-        names = [self.terms_on(inputs.view, inputs.hr is not None) for inputs in views]
+        weights = self.weights_at(views[0].iteration)
+        names = [self.terms_on(inputs.view, inputs.hr is not None, inputs.iteration) for inputs in views]
         if log_gradients:
             views = [inputs.alias() for inputs in views]
         with torch.autocast(views[0].lr.device.type, enabled=False):
             values = [
-                self.weights[name] * sum(inputs.weight * self.terms[name](inputs)
-                                         for inputs, computed in zip(views, names) if name in computed)
-                for name in self.names]
+                weights[name] * sum(inputs.weight * self.terms[name](inputs)
+                                    for inputs, computed in zip(views, names) if name in computed)
+                if name in weights else views[0].student.sr.new_zeros(()) for name in self.names]
             stacked = torch.stack(values)
             total, stacked = stacked.sum(), stacked.detach()
             if log_gradients:
                 outputs = [output for inputs in views for output in inputs.trained_outputs()]
-                squares = [squared_gradient(value, self.weights[name], outputs) for name, value in zip(self.names, values)]
+                squares = [squared_gradient(value, weights.get(name, 1), outputs) for name, value in zip(self.names, values)]
                 stacked = torch.stack([stacked, torch.stack(squares)])
         return total, stacked
 
@@ -93,11 +112,17 @@ class Loss(nn.Module):
         """Return the parameters of all terms that the student's optimiser trains."""
         return [parameter for term in self.terms.values() for parameter in term.trainable_parameters()]
 
+    def count(self, name: str, start: int, stop: int) -> int:
+        """Return in how many of the iterations start .. stop - 1 a term is computed."""
+        begins = [0, *(end for end, _ in self.stages)]
+        return sum(max(min(stop, end) - max(start, begin), 0)
+                   for begin, (end, weights) in zip(begins, self.stages) if name in weights)
+
     def update(self, inputs: LossInputs) -> None:
         """Update the state of the terms after an optimiser step."""
         with torch.autocast(inputs.lr.device.type, enabled=False):
-            for term in self.terms.values():
-                term.update(inputs)
+            for name in self.weights_at(inputs.iteration):
+                self.terms[name].update(inputs)
 
 
 def squared_gradient(value: torch.Tensor, weight: float, outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -114,7 +139,7 @@ def squared_gradient(value: torch.Tensor, weight: float, outputs: list[torch.Ten
     return sum(squares, torch.zeros_like(value)) / scale**2
 
 
-def terms_on(names: list[str], view: str, has_hr: bool, view_terms: list[str]) -> list[str]:
+def terms_on(names: Iterable[str], view: str, has_hr: bool, view_terms: list[str]) -> list[str]:
     """Return those of the terms `names` that are computed on a view; see `Loss`."""
     if view == "original":
         return list(names)

@@ -15,7 +15,7 @@ log = logging.getLogger("sr")
 
 
 def make_networks(args: Namespace, needs: Set[str]) -> tuple[Network | Slice | LowRankAdapted, list[Network]]:
-    """Build the student and the teachers, an empty list where no term of the loss needs one.
+    """Build the student and the teachers, an empty list where neither the loss nor --eco needs one.
 
     needs: the needs of the loss terms. The student is a new network, --pre_train, initialised from the teacher
     (--init_from_teacher), --pre_train with low-rank adapters (--lora_rank), or a channel slice that shares the weights of
@@ -33,7 +33,7 @@ def make_networks(args: Namespace, needs: Set[str]) -> tuple[Network | Slice | L
     if args.init_from_teacher and len(args.teacher) > 1:
         raise UserError(f"--init_from_teacher copies the weights of one teacher, --teacher names {len(args.teacher)}")
     student = make_student(args)  # before the teachers, so that its initial weights depend on the seed only
-    needs_teacher = bool(needs & {"teacher", "teacher_net"})
+    needs_teacher = args.eco or bool(needs & {"teacher", "teacher_net"})
     teachers = make_teachers(args) if needs_teacher or args.init_from_teacher else []
     if args.init_from_teacher:
         inherit(student, teachers[0], args.init_from_teacher)

@@ -1,8 +1,9 @@
 """Checks of a training state from a file; ValueError where something is missing, unknown or of another shape."""
 import torch
 
-REQUIRED = {"Adam": {"step", "exp_avg", "exp_avg_sq"}, "SGD": set(), "RMSprop": {"step", "square_avg"}}
-OPTIONAL = {"Adam": set(), "SGD": {"momentum_buffer"}, "RMSprop": {"momentum_buffer"}}  # they depend on the momentum
+ADAM = {"step", "exp_avg", "exp_avg_sq"}
+REQUIRED = {"Adam": ADAM, "AdamW": ADAM, "SGD": set(), "RMSprop": {"step", "square_avg"}}
+OPTIONAL = {"Adam": set(), "AdamW": set(), "SGD": {"momentum_buffer"}, "RMSprop": {"momentum_buffer"}}  # with a momentum
 
 
 def check_like(value: object, like: object, name: str) -> None:
