@@ -13,16 +13,16 @@ ALL_FLAGS = (  # one value that is no default, of each flag
     "--multi_scale 2+3 --carn_variant CSD --depths [2,2] --num_heads 2,2 --window_size 4 --mlp_ratio 1.5 "
     "--upsampler nearest+conv --teacher_choice mean "
     "--resi_connection 3conv --img_range 2 --width_mult 0.5 --init_from_teacher --pre_train p.pt --lora_rank 2 --loss "
-    "1e-05*DS+1*GAN@0-50%,1*DS@50-100% --features 0,3 --pool_size 2 --pool_type avg --P 3 --rbf_gamma 2 --upcycle "
-    "0.5*zoom_in+1e-07*zoom_out --upcycle_every 3 --n_zoom_in 2 --view_terms DS+GAN --label_consistency 0.3 --label_consistency_views "
-    "original+zoom_in --zoom_in_tiles batch --feature_net random "
+    "1e-05*DS+1*GAN@0-50%,1*DS@50-100% --features 0,3 --pool_size 2 --pool_type avg --P 3 --rbf_gamma 2 "
+    "--upcycle 0.5*zoom_in+1e-07*zoom_out --upcycle_every 3 --n_zoom_in 2 --view_terms DS+GAN --label_consistency 0.3 "
+    "--label_consistency_views original+zoom_in --zoom_in_tiles batch --feature_net random "
     "--vgg_path v --vqgan_path q --d_func cos --neg_num 2 --t_l_remove 3 --lc_p 0.1 --dcr_negatives 0 --dcr_noise 0.1 "
     "--dcr_blur 0.2 --dcr_resize 0.3 --history_every 5-6 --nce_type patch --nce_mining all --nce_denominator standard "
     "--nce_patches 3 --nce_patch_size 32 --gan_type WGAN --gan_net unet --gan_k 2 --gan_lr 1e-3 --epochs 3 --test_every 4 "
-    "--batch_size 8 --split_batch 2 --optimizer SGD --lr 3e-05 --decay cosine --lr_end 1e-7 --warmup 2 --gamma 0.1 --momentum 0.5 "
-    "--betas 0.5,0.9 --epsilon 1e-9 --weight_decay 1e-6 --gclip 3 --grad_norm 2 --ema 0.9 --print_every 7 --ckp_dir x/y "
-    "--save_every 2 --save_models --save_results --save_gt --ckp_path z.pt --TS T --chop --chop_mem 1 --self_ensemble "
-    "--image i --point 3,4 --crop 32")
+    "--batch_size 8 --split_batch 2 --optimizer SGD --lr 3e-05 --decay cosine --lr_end 1e-7 --warmup 2 --gamma 0.1 "
+    "--momentum 0.5 --betas 0.5,0.9 --epsilon 1e-9 --weight_decay 1e-6 --gclip 3 --grad_norm 2 --ema 0.9 --print_every 7 "
+    "--ckp_dir x/y --save_every 2 --save_models --save_results --save_gt --ckp_path z.pt --TS T --chop --chop_mem 1 "
+    "--self_ensemble --image i --point 3,4 --crop 32")
 NOT_WITH_LOSS = {"alpha", "feature_loss_used", "feature_distilation_type"}
 
 

@@ -23,8 +23,8 @@ def norms(line):
     trainer = make_trainer(line + " --log_gradients 1")
     torch.manual_seed(7)
     trainer.step(*batch(trainer))
-    *found, logged = trainer.gradients.tolist()
-    assert logged == 1
+    found, logged = trainer.gradients.tolist()
+    assert logged == [1] * len(found)
     return dict(zip(trainer.loss.names, found))
 
 
@@ -128,7 +128,15 @@ def test_the_columns_are_means_over_the_logged_iterations_and_survive_a_resume(r
 def test_norms_that_are_not_finite_are_left_out(norm, logged):
     trainer = make_trainer("--loss 1*DS+1*TS")
     trainer.add_gradients(torch.tensor([2.0, norm]))
-    assert trainer.gradients.tolist() == [2.0 * logged, 1.0 * logged, logged]
+    assert trainer.gradients.tolist() == [[2.0 * logged, 1.0 * logged], [logged, logged]]
+
+
+def test_the_norms_are_means_over_the_iterations_of_the_stage_of_each_term():
+    trainer = make_trainer("--loss 1*DS@0-50%,1*DS+1*TS@50-100% --test_every 4 --log_gradients 1")
+    for trainer.iteration in range(4):
+        trainer.step(*batch(trainer))
+    sums, counts = trainer.gradients.tolist()
+    assert counts == [4, 2] and min(sums) > 0
 
 
 def test_more_than_an_epoch_is_refused(run_main, flags):  # noqa: F811

@@ -33,6 +33,9 @@ STEP = ("--cpu --scale 2 --patch_size 32 --batch_size 4 --feature_net random --o
         "--test_every 1 ")
 CASES = {
     "pixel": "--loss 1*DS+1*TS",
+    "pixel terms": "--loss 1*DS_MSE+1*TS_Charbonnier+1*DS_FFT+1*TS_gradient+1*DS_wavelet+1*TS_masked",
+    "stages": "--loss 1*DS@0-50%,1*TS+1*fitnet@50-100% --test_every 2",
+    "ECO": "--loss 1*DS+1*TS --eco --test_every 2",
     "FAKD": "--loss 0.5*DS+0.5*TS+10*SA",
     "other features": "--loss 1*AT+1*CA+1*IA+1*fitnet+1*PSA+1*FSP+1*MMD+1*RBF",
     "CSD": "--loss 1*DS+200*CSD+1*VGG --neg_num 2",
@@ -80,7 +83,7 @@ def gradients(case):
     hr = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     lr = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
     torch.manual_seed(7)
-    for trainer.args.log_gradients in (0, 1):
+    for trainer.iteration, trainer.args.log_gradients in enumerate((0, 1)):
         values = trainer.step(distributed.local_shard(lr), distributed.local_shard(hr))
     trained = enumerate(trainer.distiller.trainable_parameters())
     found = {f"trained {index}": parameter.grad for index, parameter in trained if parameter.grad is not None}

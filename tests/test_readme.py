@@ -43,13 +43,15 @@ def test_a_term_in_another_script():
 
 
 def test_a_new_term(monkeypatch):
-    family = module_of("Add a term", "loss.charbonnier", monkeypatch)
-    monkeypatch.setitem(loss.FAMILIES, "Charbonnier", family)
-    monkeypatch.setitem(loss.TERMS, "Charbonnier", family.Charbonnier)
-    criterion = loss.build_loss("2*Charbonnier+1*TS", loss.Context(option.parse([]), None, []))
+    family = module_of("Add a term", "loss.huber", monkeypatch)
+    monkeypatch.setitem(loss.FAMILIES, "Huber", family)
+    monkeypatch.setitem(loss.TERMS, "Huber", family.Huber)
+    criterion = loss.build_loss("2*Huber+1*TS", loss.Context(option.parse([]), None, []))
     sr, hr = 255 * torch.rand(2, 1, 3, 8, 8)
     total, values = criterion(loss.LossInputs(hr, hr, loss.Output(sr), loss.Output(sr)))
-    assert values[0].item() == pytest.approx(2 * ((sr - hr) ** 2 + 1e-6).sqrt().mean().item(), rel=1e-5)
+    error = (sr - hr).abs()
+    expected = torch.where(error < 1, error ** 2 / 2, error - 0.5).mean()
+    assert values[0].item() == pytest.approx(2 * expected.item(), rel=1e-5)
     assert values[1] == 0 and total == values.sum()
     assert criterion.terms_on("zoom_in", False) == ["TS"]
 

@@ -27,6 +27,7 @@ def contents(folder):
 # ---- flags of the optimiser
 
 @pytest.mark.parametrize("optimizer, changed", [
+    ("ADAMW", "--weight_decay 0.1"), ("ADAMW", "--betas 0.5,0.6"),
     ("ADAM", "--weight_decay 0.1"), ("ADAM", "--betas 0.5,0.6"), ("ADAM", "--epsilon 0.1"),
     ("SGD", "--momentum 0"), ("SGD", "--weight_decay 0.1"), ("RMSprop", "--epsilon 0.1"), ("RMSprop", "--momentum 0"),
     ("RMSprop", "--weight_decay 0.1")])
@@ -61,7 +62,7 @@ def test_a_momentum_may_begin_on_resuming(optimizer):
     assert second.param_groups[0]["momentum"] == 0.9 and second.state[parameter]["momentum_buffer"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("optimizer", ["ADAM", "SGD", "RMSprop"])
+@pytest.mark.parametrize("optimizer", ["ADAM", "ADAMW", "SGD", "RMSprop"])
 @pytest.mark.parametrize("wrong", [
     lambda state: state["state"][0].update({key: torch.zeros(7) for key in state["state"][0] if key != "step"}),
     lambda state: state["state"].update({5: state["state"][0]}), lambda state: state["state"].update({"0": {}}),

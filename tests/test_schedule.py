@@ -2,9 +2,10 @@
 import math
 
 import pytest
+import torch
 
 import option
-from schedule import learning_rate
+from schedule import learning_rate, make_optimizer
 
 
 def rates(line, count):
@@ -28,6 +29,13 @@ def test_cosine_is_whole_at_the_start_and_ends_near_0():
     assert rates("--decay cosine", 20) == pytest.approx([(1 + math.cos(math.pi * k / 20)) / 2 for k in range(20)])
 
 
+def test_cosine_ends_at_lr_end():
+    found = rates("--decay cosine --lr_end 0.1 --warmup 4", 20)
+    assert found[:4] == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert found[4:] == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * k / 16)) / 2 for k in range(16)])
+    assert rates("--decay cosine --lr_end 0", 20) == rates("--decay cosine", 20)
+
+
 def test_warm_up_rises_to_the_whole_rate_and_cosine_begins_after_it():
     assert rates("--decay 9it --warmup 4", 12) == pytest.approx([0.25, 0.5, 0.75, 1] + [1] * 5 + [0.5] * 3)
     assert rates("--decay 2it --warmup 4", 5) == pytest.approx([0.25, 0.5, 0.375, 0.5, 0.5])
@@ -39,7 +47,12 @@ def test_warm_up_rises_to_the_whole_rate_and_cosine_begins_after_it():
 @pytest.mark.parametrize("line, words", [("--decay 200-100it", "rising"), ("--decay it", "neither cosine"),
                                          ("--decay 1e5it", "neither cosine"), ("--decay 0it", "neither cosine"),
                                          ("--warmup 2000 --epochs 2 --test_every 1000", "shorter than the run"),
-                                         ("--warmup -1", "whole number in 0")])
+                                         ("--warmup -1", "whole number in 0"),
+                                         ("--lr_end 1e-6", "--decay cosine, which is not given"),
+                                         ("--decay cosine --lr 1e-4 --lr_end 1e-3", "must not be larger than --lr 0.0001"),
+                                         ("--decay cosine --lr_end -1", "0 or more"),
+                                         ("--upcycle_every 3", "--upcycle, which is not given"),
+                                         ("--upcycle zoom_out --upcycle_every 0", "whole number in 1")])
 def test_a_schedule_that_cannot_be_gets_a_line(line, words, capsys):
     with pytest.raises(SystemExit):
         option.parse(line.split())
@@ -50,3 +63,18 @@ def test_a_schedule_that_cannot_be_gets_a_line(line, words, capsys):
 def test_the_configuration_says_it_as_it_was_given():
     assert str(option.parse(["--decay", "100000-200000it"]).decay) == "100000-200000it"
     assert option.parse(["--template", "DUKD"]).decay == [100000, 200000]
+
+
+def test_the_weight_decay_of_ADAMW_is_decoupled_from_the_gradient():
+    """One step of AdamW is the step of Adam without weight decay from weights that are smaller by lr * weight_decay."""
+    start, found = torch.randn(5, generator=torch.Generator().manual_seed(0)), {}
+    for name, factor, line in (("AdamW", 1, "--optimizer ADAMW --weight_decay 0.1"), ("Adam", 1 - 0.01 * 0.1, ""),
+                               ("L2", 1, "--weight_decay 0.1"), ("without", 1, "--optimizer ADAMW")):
+        weights = torch.nn.Parameter(start * factor)
+        optimizer = make_optimizer(option.parse(f"--lr 0.01 --betas 0.8,0.9 {line}".split()), [weights])
+        weights.grad = torch.arange(1.0, 6)
+        optimizer.step()
+        found[name] = weights.detach()
+    assert torch.allclose(found["AdamW"], found["Adam"], rtol=1e-6, atol=1e-8)
+    assert torch.allclose(found["L2"], found["without"], rtol=1e-6, atol=1e-6)  # the first step of Adam has one length
+    assert not torch.allclose(found["AdamW"], found["without"], rtol=1e-5)

@@ -78,7 +78,7 @@ def test_reduced_precision_trains_and_keeps_float32_weights(run_main, flags, tea
     assert all(p.dtype == torch.float32 for p in load_model(tmp_path / "run" / "model" / "model_latest.pt").parameters())
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "RMSprop"])
+@pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "ADAMW"])
 def test_other_optimisers_and_step_decay(run_main, flags, tmp_path, optimizer):
     status, _, _ = run_main("train", flags + f"--loss 1*DS --optimizer {optimizer} --lr 1e-6 --decay 2-3 --gamma 0.1 "
                             "--epochs 3 --test_every 2 --gclip 1 --weight_decay 1e-4")

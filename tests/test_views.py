@@ -181,6 +181,25 @@ def test_views_of_one_size_go_through_together_with_the_values_of_each_alone(net
     assert len(found[0].features) == 4 and not found[2].features
 
 
+# ---- views in every k-th iteration
+
+def test_views_are_made_in_every_kth_iteration_with_k_times_their_weight():
+    line = "--loss 1*DS+1*TS --upcycle 0.5*zoom_in+1*zoom_out --test_every 10 "
+    seen = []
+    for more in ("--upcycle_every 3", ""):
+        trainer = make_trainer(line + more)
+        forward = trainer.loss.forward
+        trainer.loss.forward = lambda *inputs, forward=forward: seen.append(inputs) or forward(*inputs)
+        lr, hr = (torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8) for side in (16, 32))
+        for trainer.iteration in range(7):
+            trainer.step(lr, hr)
+    every, always = seen[:7], seen[7:]
+    assert [[view.view for view in views] for views in every] == [
+        ["original", "zoom_in", "zoom_out"] if iteration % 3 == 0 else ["original"] for iteration in range(7)]
+    assert [view.weight for view in every[3]] == [1, 1.5, 3] and [view.weight for view in always[3]] == [1, 0.5, 1]
+    assert all(len(views) == 3 for views in always)
+
+
 # ---- what the terms make of them
 
 def make_criterion(string, upcycle="zoom_in+zoom_out", more=""):
