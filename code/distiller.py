@@ -39,20 +39,22 @@ class Distiller(nn.Module):
     tiles per image. zoom_in_tiles: `image` or `batch`, for which the tiles are drawn. label_consistency: probability of each
     operation on the student's inputs (loss/consistency.py) of the views label_consistency_views, `all` of them by default.
     eco_iterations: the number of iterations of a run with ECO (data/eco.py), 0 without it.
-    rgb_range: maximum of the images that the networks take. precision: single, half or bf16, that of the networks.
+    rgb_range: maximum of the images that the networks take. precision: single, half or bf16, that of the student and of
+    a teacher that is trained too. teacher_precision: that of networks that are not trained, teachers and the history model
+    of DCR; by default `precision`.
     """
 
     def __init__(self, student: nn.Module, teachers: Sequence[nn.Module], loss: Loss, *, upcycle: Sequence = (),
                  upcycle_every: int = 1, n_zoom_in: int = 1, zoom_in_tiles: str = "image", label_consistency: float = 0,
                  label_consistency_views: Collection[str] = ("all",), eco_iterations: int = 0, rgb_range: float = 255,
-                 precision: str = "single"):
+                 precision: str = "single", teacher_precision: str | None = None):
         super().__init__()
         self.student, self.teachers, self.loss = student, nn.ModuleList(teachers), loss
         self.make_views = partial(make_views, scale=student.scale, n_zoom_in=n_zoom_in, zoom_in_tiles=zoom_in_tiles)
         self.upcycle = [(weight * upcycle_every, name) for weight, name in upcycle]
         self.upcycle_every, self.eco_iterations = upcycle_every, eco_iterations
         self.label_consistency, self.label_consistency_views = label_consistency, label_consistency_views
-        self.rgb_range, self.precision = rgb_range, precision
+        self.rgb_range, self.precision, self.teacher_precision = rgb_range, precision, teacher_precision or precision
         self.compiled = {}  # network: its compiled form, for training only: test images have many sizes
         trained = set(student.parameters())  # include those of a teacher of which the student is a slice
         for parameter in set(self.teachers.parameters()) - trained:
@@ -110,7 +112,7 @@ class Distiller(nn.Module):
         outputs = self.teacher_outputs(teacher, inputs, features, needs, cached)
         steps = [LossInputs(view.lr, view.hr, student, output and output.detach(),
                             output.sr if "teacher_grad" in need else None, view.name, view.weight, iteration, teacher,
-                            forward=lambda net, x: self.run(net, x, features=False).sr)
+                            forward=lambda net, x: self.run(net, x, False, self.teacher_precision).sr)
                  for view, need, student, output in zip(views, needs, students, outputs)]
         total, values = self.loss(*steps, log_gradients=log_gradients)
         return total, values, steps[0].detach()
@@ -134,9 +136,10 @@ class Distiller(nn.Module):
         for graph in (False, True):
             missing = [index for index, need in enumerate(needs)
                        if "teacher" in need and index not in outputs and graph == ("teacher_grad" in need)]
+            precision = self.precision if graph else self.teacher_precision
             with nullcontext() if graph else torch.inference_mode():
-                found = forward_by_size(partial(self.run, teacher), [inputs[index] for index in missing],
-                                        [features[index] for index in missing])
+                found = forward_by_size(partial(self.run, teacher, precision=precision),
+                                        [inputs[index] for index in missing], [features[index] for index in missing])
             outputs.update(zip(missing, found if graph else (output.clone() for output in found)))
         return [outputs.get(index) for index in range(len(inputs))]
 
@@ -146,9 +149,9 @@ class Distiller(nn.Module):
             return int(torch.randint(len(self.teachers), ()))
         return 0 if self.teachers else None
 
-    def run(self, net: nn.Module, lr: torch.Tensor, features: bool) -> Output:
-        """Run a network in the precision of the run; `features`: whether to return its feature maps too."""
-        with autocast(self.device, self.precision):
+    def run(self, net: nn.Module, lr: torch.Tensor, features: bool, precision: str | None = None) -> Output:
+        """Run a network, by default in the precision of the student; `features`: whether to return its feature maps too."""
+        with autocast(self.device, precision or self.precision):
             out = self.compiled.get(net, net)(lr, features=features)
         return Output(*out) if features else Output(out)
 
@@ -169,7 +172,7 @@ class Distiller(nn.Module):
             self.compiled[net] = torch.compile(net)
             try:
                 with nullcontext() if trained else torch.inference_mode():
-                    output = self.run(net, lr, "features" in needs)
+                    output = self.run(net, lr, "features" in needs, self.precision if trained else self.teacher_precision)
                 if trained:
                     torch.autograd.backward([x.sum() for x in (output.sr, *output.features)])
             except Exception as error:  # the compiler and its back ends raise exceptions without a common class
@@ -187,4 +190,4 @@ def build_distiller(args: Namespace, student: nn.Module, teachers: Sequence[nn.M
                      n_zoom_in=args.n_zoom_in, zoom_in_tiles=args.zoom_in_tiles, label_consistency=args.label_consistency,
                      label_consistency_views=args.label_consistency_views,
                      eco_iterations=args.epochs * args.test_every if args.eco else 0, rgb_range=args.rgb_range,
-                     precision=args.precision)
+                     precision=args.precision, teacher_precision=args.teacher_precision)

@@ -107,6 +107,11 @@ def _add_device_flags(parser):
     group.add_argument("--precision", choices=("single", "half", "bf16"), default="single",
                        help="floating-point format of the forward passes (automatic mixed precision); weights and losses "
                             "remain float32")
+    group.add_argument("--teacher_precision", choices=("single", "half", "bf16"),
+                       help="the same for networks that are not trained: teachers, and the history model of DCR (default: "
+                            "that of --precision)")
+    group.add_argument("--feature_precision", choices=("single", "bf16"), default="single",
+                       help="floating-point format of VGG-19 and VQGAN, in the terms VGG, CSD, DCR and DMM")
     group.add_argument("--compile", action="store_true",
                        help="compile the networks with torch.compile for training: a later start, then faster iterations, "
                             "mainly on GPUs")
@@ -424,6 +429,7 @@ def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.
         parser.error(f"--patch_size {args.patch_size} (HR pixels) is not a multiple of --scale {args.scale}")
     check_combinations(parser, args)
     args.teacher = args.teacher or [args.model]
+    args.teacher_precision = args.teacher_precision or args.precision
     return args
 
 

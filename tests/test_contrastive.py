@@ -86,6 +86,15 @@ def test_gradient_of_contrast_is_that_of_its_value(function, chosen):
     assert torch.autograd.gradcheck(lambda *maps: function(maps, small(3, 2), small(3, 3), chosen), student)
 
 
+def test_gradient_of_L1_contrast_with_many_negatives_does_not_overflow():
+    values = []
+    for count in (100, 200):
+        student = [torch.ones(1, 1, 1, 1, requires_grad=True) for _ in range(5)]
+        contrast_l1(student, [torch.full((1, 1, 1, 1), 3.0)] * 5, [torch.zeros(count, 1, 1, 1)] * 5).backward()
+        values.append(count * student[0].grad.item())  # d(2 / (count s)) / ds + d(|s - 3| / count) / ds at s = 1
+    assert values[0] == pytest.approx(-3 / 32, rel=1e-4) and values[1] == pytest.approx(values[0], rel=1e-4)
+
+
 def test_no_anchor_is_its_own_negative():
     for count in range(1, 6):
         seen = np.zeros((6, 6), int)

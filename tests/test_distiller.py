@@ -6,6 +6,7 @@ import loss
 import option
 from data.views import plan
 from distiller import build_distiller
+from model import slim
 from model.edsr import EDSR
 from model.rcan import RCAN
 
@@ -94,3 +95,29 @@ def test_torch_compile_wraps_it():
         total, values, _ = step(wrap(distiller), *tensors)
         found.append([total, values, *(parameter.grad for parameter in distiller.trainable_parameters())])
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("line, student, teacher", [
+    ("", None, None), ("--precision bf16", torch.bfloat16, torch.bfloat16),
+    ("--teacher_precision bf16", None, torch.bfloat16),
+    ("--precision bf16 --teacher_precision single", torch.bfloat16, None)])
+def test_each_network_runs_in_its_precision(line, student, teacher):
+    distiller = make_distiller(f"--loss 1*DS+1*TS+1*LC {line}")
+    found = {}
+    for net in (distiller.student, distiller.teachers[0]):
+        net.register_forward_pre_hook(lambda net, _: found.setdefault(type(net), set()).add(
+            torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None))
+    _, _, inputs = step(distiller, *batch())
+    assert found == {RCAN: {student}, EDSR: {teacher}} and inputs.teacher.sr.dtype == torch.float32
+
+
+def test_a_teacher_that_is_trained_too_runs_in_the_precision_of_the_student():
+    torch.manual_seed(0)
+    teacher = EDSR(2, n_resblocks=1, n_feats=8)
+    args = option.parse([*FLAGS.split()[:4], "--loss", "1*DS+1*T_DS", "--width_mult", "0.5", "--teacher_precision", "bf16"])
+    student = slim(teacher, 0.5)
+    distiller = build_distiller(args, student, [teacher], loss.build_loss(args.loss, loss.Context(args, student, [teacher])))
+    enabled = []
+    teacher.register_forward_pre_hook(lambda *_: enabled.append(torch.is_autocast_enabled("cpu")))
+    step(distiller, *batch())
+    assert enabled == [False]

@@ -159,6 +159,8 @@ def test_another_teacher_another_precision_or_another_image_is_computed_anew(run
     assert run_main("train", line + f"--teacher {teacher.with_name('renamed.pt')}")[0] == 0 and not calls
     assert run_main("train", line + f"--teacher {teacher.with_name('renamed.pt')} --precision bf16")[0] == 0
     assert len(calls) == 4 and outputs(root) == 8
+    assert run_main("train", line + f"--teacher {teacher.with_name('renamed.pt')} --teacher_precision bf16")[0] == 0
+    assert len(calls) == 4 and outputs(root) == 8
     torch.manual_seed(3)
     save_model(EDSR(2, n_resblocks=3, n_feats=12), teacher)
     assert run_main("train", line + f"--teacher {teacher}")[0] == 0 and len(calls) == 8

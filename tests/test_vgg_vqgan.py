@@ -230,3 +230,27 @@ def test_the_networks_are_built_once_and_are_no_part_of_the_loss(monkeypatch):
     assert criterion.trainable_parameters() == []
     for net in setting.shared.values():
         assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+# ---- reduced precision
+
+@pytest.mark.parametrize("shared, make_sizes", [(vgg.shared_vgg, {}), (vqgan.shared_vqgan, dict(
+    ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1, attention=(4,), z_channels=8, embed_dim=8, n_embed=16))])
+def test_bf16_features_and_their_gradients_are_close_to_those_in_float32(monkeypatch, shared, make_sizes):
+    monkeypatch.setattr(vqgan, "F16_1024", make_sizes)
+    torch.manual_seed(0)
+    images, found = 255 * torch.rand(2, 3, 32, 32), {}
+    for precision in ("single", "bf16"):
+        net = shared(loss.Context(flags(f"--feature_precision {precision}"), None, []))
+        x = images.clone().requires_grad_()
+        maps = net(x)
+        if shared is vqgan.shared_vqgan:
+            maps.append(net.code_logits(net.latent(maps[-1])))
+            assert net.quantize.embedding.weight.dtype == torch.float32
+        sum((weights * y).mean() for weights, y in zip((0.3, 0.1, 0.5, 0.7, 0.2, 0.4), maps)).backward()
+        found[precision] = [y.detach() for y in maps] + [x.grad]
+    assert {layer.weight.dtype for layer in net.modules() if isinstance(layer, torch.nn.Conv2d)} == {torch.bfloat16}
+    for single, bf16 in zip(found["single"], found["bf16"], strict=True):
+        assert bf16.dtype == torch.float32 and not torch.equal(single, bf16)
+        # rounding changes the signs before some ReLUs, and with them single values of the gradient
+        assert (single - bf16).norm() < (0.2 if bf16.shape == images.shape else 0.05) * single.norm()

@@ -40,13 +40,13 @@ def decode(outputs: torch.Tensor) -> torch.Tensor:
 def kind_of(path: Path | str, args: Namespace) -> str:
     """Return the kind, in the cache, of the outputs of the teacher in that checkpoint."""
     ensemble = "_self_ensemble" * (args.cache_teacher == "self_ensemble")
-    return f"SR_X{args.scale}_{digest_of(path)[:16]}_{args.precision}{ensemble}"
+    return f"SR_X{args.scale}_{digest_of(path)[:16]}_{args.teacher_precision}{ensemble}"
 
 
 def teacher_output(net: nn.Module, images: Images, index: int, device: torch.device, args: Namespace) -> np.ndarray:
     """Compute the output of the network for a full LR image, in tiles, and return it encoded."""
     x = torch.tensor(images.lr(index)).permute(2, 0, 1)[None].float() * (args.rgb_range / 255)
-    with autocast(device, args.precision):
+    with autocast(device, args.teacher_precision):
         sr = inference.upscale(net, x, tiled=True, self_ensemble=args.cache_teacher == "self_ensemble")
     return encode(sr[0].float() * (255 / args.rgb_range))
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from loss.frozen import compute_once
 from loss.term import Context, LossInputs, Term
@@ -24,13 +23,12 @@ def contrast_l1(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
     """Compute sum_i w_i d(f_i(T), f_i(S)) / (sum_k d(f_i(S), f_i(N_k)) + 1e-7), d the mean absolute difference.
 
     student, teacher: for each level i, N x C x H x W; negatives: M x C x H x W. chosen: K x N, the index of the k-th
-    negative of each of the N anchors; without it all M are negatives of every anchor. Differences to the negatives are
-    recomputed in the backward pass (checkpointing), since K of them would take more memory than the networks.
+    negative of each of the N anchors; without it all M are negatives of every anchor. Negatives get no gradient.
     """
     total = 0
     for weight, s, t, n in zip(WEIGHTS, student, teacher, negatives, strict=True):
         rows = all_negatives(n, s) if chosen is None else chosen.to(s.device, non_blocking=True)
-        apart = sum(checkpoint(distance, s, n, row, use_reentrant=False, preserve_rng_state=False) for row in rows)
+        apart = NegativeDistance.apply(s, n, rows)
         total = total + weight * all_reduce_mean(F.l1_loss(s, t)) / (all_reduce_mean(apart) + EPSILON)
     return total
 
@@ -64,9 +62,31 @@ def all_negatives(negatives: torch.Tensor, anchors: torch.Tensor) -> torch.Tenso
     return torch.arange(len(negatives), device=anchors.device)[:, None].expand(-1, len(anchors))
 
 
-def distance(anchors: torch.Tensor, negatives: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Compute the mean absolute difference between N anchors and the negatives with the N indices `row`."""
-    return F.l1_loss(anchors, negatives[row])
+class NegativeDistance(torch.autograd.Function):
+    """Compute sum_k mean |s - n_k|, with one pass over each difference, which is not kept.
+
+    apply(anchors, negatives, rows): N x C x H x W, M x C x H x W, and K x N indices of negatives. The gradient with respect
+    to the anchors is the sum of K signs, an integer; that with respect to the negatives is not computed.
+    """
+
+    @staticmethod
+    def forward(ctx, anchors: torch.Tensor, negatives: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Compute the distance, a scalar, and the sum of the signs."""
+        signs = torch.zeros_like(anchors, dtype=torch.int8 if len(rows) < 2**7 else torch.int16)
+        part, sums = 1 if anchors.device.type == "cpu" else len(anchors), []  # a single image fits into the cache of a CPU
+        for images, total, chosen in zip(anchors.split(part), signs.split(part), rows.split(part, 1)):
+            for row in chosen:
+                difference = images - negatives[row]
+                sums.append(difference.abs().sum())
+                total += difference.sign_().to(signs.dtype)
+        ctx.save_for_backward(signs)
+        return torch.stack(sums).sum() / anchors.numel()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Compute the gradient with respect to the anchors."""
+        signs, = ctx.saved_tensors
+        return signs * (gradient / signs.numel()), None, None
 
 
 def draw_negatives(images: int, count: int) -> torch.Tensor:

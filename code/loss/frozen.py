@@ -21,10 +21,18 @@ log = logging.getLogger("sr")
 
 
 def frozen(context: Context, name: str, make: Callable[[Namespace], nn.Module]) -> nn.Module:
-    """Return the run's network `name`, which `make(args)` builds on first use: in eval mode, with frozen weights."""
+    """Return the run's network `name`, which `make(args)` builds on first use: in eval mode, with frozen weights.
+
+    With --feature_precision bf16 its convolutions hold and compute bfloat16; images, normalisation, codes and the feature
+    maps that it returns are float32.
+    """
     if name not in context.shared:
-        context.shared[name] = make(context.args).eval().requires_grad_(False)
-        context.shared[name].to(context.device, memory_format=torch.channels_last)
+        net = make(context.args).eval().requires_grad_(False)
+        if context.args.feature_precision == "bf16":
+            for layer in net.modules():
+                if isinstance(layer, nn.Conv2d):
+                    layer.bfloat16()
+        context.shared[name] = net.to(context.device, memory_format=torch.channels_last)
     return context.shared[name]
 
 

@@ -38,7 +38,7 @@ class LossInputs:
 
     `lr` and `hr` are N x 3 x H x W and N x 3 x sH x sW in [0, rgb_range]; `hr` is None on a view without ground truth.
     `teacher` is detached, and None where no term needs it. `weight` is that of the view, which multiplies every term.
-    `forward(net, images)` -> sr runs a network in the precision of the run, for terms that need its output for other images.
+    `forward(net, images)` -> sr runs a network that is not trained, for terms that need its output for other images.
     `ema_student` is the exponential moving average of the student if there is one, else the student. `cache` lives as long
     as these inputs and holds what several terms need, such as VGG features of the student's output.
     """

@@ -41,12 +41,12 @@ class VGG19(nn.Module):
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Normalise images as in training and return their five feature maps."""
         x = images.float() / self.rgb_range
-        x = (x - self.mean) / self.std
+        x = ((x - self.mean) / self.std).to(self.features[0].weight.dtype)
         feature_maps = []
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in FEATURE_LAYERS:
-                feature_maps.append(x)
+                feature_maps.append(x.float())
         return feature_maps
 
 

@@ -27,9 +27,15 @@ F16_1024 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attention=(4,
 LEVELS = 5
 
 
-def normalisation(channels: int) -> nn.GroupNorm:
-    """Build the group normalisation that every block uses."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
+class Normalisation(nn.GroupNorm):
+    """The group normalisation that every block uses, in float32: on CPUs its gradient in bfloat16 is six times slower."""
+
+    def __init__(self, channels: int):
+        super().__init__(32, channels, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise N x channels x H x W, and return it in the type of the input."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class ResBlock(nn.Module):
@@ -37,8 +43,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, before: int, channels: int):
         super().__init__()
-        self.norm1, self.conv1 = normalisation(before), nn.Conv2d(before, channels, 3, padding=1)
-        self.norm2, self.conv2 = normalisation(channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm1, self.conv1 = Normalisation(before), nn.Conv2d(before, channels, 3, padding=1)
+        self.norm2, self.conv2 = Normalisation(channels), nn.Conv2d(channels, channels, 3, padding=1)
         if before != channels:
             self.nin_shortcut = nn.Conv2d(before, channels, 1)
 
@@ -54,7 +60,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = normalisation(channels)
+        self.norm = Normalisation(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -118,7 +124,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(Level(before, width, num_res_blocks, level in attention, level == len(widths) - 1)
                                   for level, (before, width) in enumerate(zip([ch, *widths], widths)))
         self.mid = Middle(widths[-1])
-        self.norm_out, self.conv_out = normalisation(widths[-1]), nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+        self.norm_out, self.conv_out = Normalisation(widths[-1]), nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
 
 class VQGAN(nn.Module):
@@ -146,16 +152,16 @@ class VQGAN(nn.Module):
 
     def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Compute the five feature maps of an input in [-1, 1] whose sides are multiples of 16."""
-        x, levels = self.encoder.conv_in(x), self.encoder.down
+        x, levels = self.encoder.conv_in(x.to(self.encoder.conv_in.weight.dtype)), self.encoder.down
         outputs = [levels[0].block[0](x)]
         for finer, level in pairwise(levels):
             outputs.append(level.block[0](finer.finish(outputs[-1])))
-        return outputs
+        return [x.float() for x in outputs]
 
     def latent(self, last: torch.Tensor) -> torch.Tensor:
         """Compute z, N x embed_dim x H/16 x W/16, from the last of the five feature maps."""
-        x = self.encoder.mid(self.encoder.down[-1].finish(last))
-        return self.quant_conv(self.encoder.conv_out(F.silu(self.encoder.norm_out(x))))
+        x = self.encoder.mid(self.encoder.down[-1].finish(last.to(self.quant_conv.weight.dtype)))
+        return self.quant_conv(self.encoder.conv_out(F.silu(self.encoder.norm_out(x)))).float()
 
     def code_logits(self, z: torch.Tensor) -> torch.Tensor:
         """Compute (N h w) x n_embed logits of the codes from z, positions in the order n, h, w.
