@@ -39,7 +39,7 @@ def main() -> int:
     args.scale = next(iter(nets.values())).scale
     device = pick_device(args)
     methods = {"bicubic": evaluation.by_bicubic(args.scale)}
-    methods |= {label: evaluation.by_network(net.to(device), device, args, label) for label, net in nets.items()}
+    methods |= {label: evaluation.by_network(net, device, args, label) for label, net in nets.items()}
     folder = option.ROOT / "experiment" / args.ckp_dir
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

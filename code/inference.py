@@ -24,8 +24,11 @@ def upscale(net: nn.Module, lr: torch.Tensor, tiled: bool = False, self_ensemble
 
     memory: bytes that tiles may take, see `chop`.
     """
-    forward = (lambda x: chop(net, x, memory=memory)) if tiled else net
-    return ensemble(forward, lr) if self_ensemble else forward(lr)
+    def forward(x):
+        return chop(net, x, memory=memory) if tiled else net(x.contiguous(memory_format=torch.channels_last))
+
+    with memory_budget.retain_freed_memory(next(net.parameters()).device):
+        return ensemble(forward, lr) if self_ensemble else forward(lr)
 
 
 def ensemble(forward: Callable[[torch.Tensor], torch.Tensor], lr: torch.Tensor) -> torch.Tensor:
@@ -38,7 +41,7 @@ def ensemble(forward: Callable[[torch.Tensor], torch.Tensor], lr: torch.Tensor) 
         for flips in ((), (2,), (3,), (2, 3)):
             x = lr.flip(flips)
             x = x.transpose(2, 3) if transpose else x
-            sr = forward(x.contiguous(memory_format=torch.channels_last))
+            sr = forward(x)
             sr = sr.transpose(2, 3) if transpose else sr
             sr = sr.flip(flips)
             total = sr if total is None else total.add_(sr)

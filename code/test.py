@@ -32,7 +32,6 @@ def main() -> int:
     args.scale = net.scale
     benchmarks = make_benchmarks(args)
     device = pick_device(args)
-    net.to(device)
     log.info("%s: %s", path, describe(net))
 
     folder = option.ROOT / "experiment" / args.ckp_dir if "ckp_dir" in args.given else results_folder(path)

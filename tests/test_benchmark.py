@@ -21,8 +21,8 @@ from system import flops, memory
 from test_scripts import checkout  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
-SIZES = {"affinity": 8, "affinity_batch": 8, "san_pooling": 12, "san_forward": 13, "chop": 32, "dukd_step": 32,
-         "teacher_cache": 32, "data": 32, "precision": 12}
+SIZES = {"affinity": 8, "affinity_batch": 8, "san_pooling": 12, "san_forward": 13, "whole_image": 20, "chop": 32,
+         "dukd_step": 32, "teacher_cache": 32, "data": 32, "precision": 12}
 RANDOM = "dukd_step", "teacher_cache"
 NETWORKS = training.STUDENT, training.TEACHER
 

@@ -321,6 +321,32 @@ def test_upscale_combines_tiles_and_self_ensemble(tiled, self_ensemble):
     assert any(x[0, 0, 0, 0] > x[0, 0, -1, 0] for x in inputs) == self_ensemble
 
 
+@pytest.mark.parametrize("chop", [False, True])
+@pytest.mark.parametrize("self_ensemble", [False, True])
+def test_every_forward_pass_of_a_test_is_in_channels_last_and_retains_memory(monkeypatch, chop, self_ensemble):
+    passes, options = [], []
+
+    class Recording(EDSR):
+        def forward(self, x):
+            weight = self.head[0].weight
+            assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+            assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            assert options == list(memory_budget.RETAIN.values())
+            passes.append(x)
+            return super().forward(x)
+
+    library = SimpleNamespace(mallopt=lambda option, value: options.append(value), malloc_trim=lambda pad: options.clear())
+    monkeypatch.setattr(memory_budget.ctypes, "CDLL", lambda name: library)
+    net, image = Recording(2, n_resblocks=1, n_feats=8).eval(), np.arange(9 * 14 * 3, dtype=np.uint8).reshape(9, 14, 3)
+    args = Namespace(chop=chop, chop_mem=None, self_ensemble=self_ensemble, precision="single")
+    with torch.no_grad():
+        x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+        whole = EDSR.forward(net, x)
+    sr = evaluation.by_network(net, torch.device("cpu"), args)(image)
+    assert len(passes) == 8**self_ensemble and not options
+    assert self_ensemble or np.abs(sr.astype(int) - inference.to_image(whole)).max() <= 1
+
+
 @pytest.mark.parametrize("chop_mem", [None, 2e-4])
 def test_the_peak_memory_of_an_image_is_a_few_times_its_size(chop_mem):
     net, image = Nearest(), (np.arange(400 * 300 * 3) % 251).astype(np.uint8).reshape(400, 300, 3)

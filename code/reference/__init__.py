@@ -13,6 +13,7 @@ COMPARISONS = {  # name: (function that makes the Comparison, default sizes)
     "affinity_batch": (formula.affinity_batch, (48,)),
     "san_pooling": (formula.san_pooling, (48, 128, 256)),
     "san_forward": (formula.san_forward, (48, 128, 256)),
+    "whole_image": (formula.whole_image, (512,)),
     "chop": (formula.chop_edsr, (128, 256, 512, 1024)),
     "dukd_step": (training.dukd_step, (192,)),
     "teacher_cache": (training.teacher_cache, (192,)),

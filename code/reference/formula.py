@@ -1,4 +1,5 @@
-"""Comparisons of single operations: affinity loss, SAN's pooling and attention, tiled inference."""
+"""Comparisons of single operations: affinity loss, SAN's pooling and attention, inference on whole images and in tiles."""
+import copy
 from functools import partial
 from unittest import mock
 
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from inference import chop
+from inference import chop, upscale
 from loss.affinity import affinity_l1
 from model import san
 from model.edsr import EDSR
@@ -88,6 +89,15 @@ def reference_affinity(student: torch.Tensor, teacher: torch.Tensor) -> torch.Te
 
 
 affinity_batch = partial(affinity, batch_size=BATCH_SIZE)  # as in training; a single feature map shows how the cost grows
+
+
+def whole_image(side: int, device: torch.device) -> Comparison:
+    """Compare EDSR x2 on a whole image, as in a test, with a call of the network on a contiguous image."""
+    net = EDSR(2, **EDSR_SIZES).eval().to(device)
+    ours = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    lr = 255 * torch.rand(1, 3, side, side, device=device)
+    return Comparison("EDSR {n_resblocks} x {n_feats}".format(**net.config), lambda: (upscale(ours, lr),),
+                      lambda: (torch.no_grad()(net)(lr),), 1e-5, arithmetic=convolution_arithmetic(device))
 
 
 def chop_edsr(side: int, device: torch.device) -> Comparison:
