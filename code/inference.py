@@ -58,8 +58,8 @@ def chop(net: nn.Module, lr: torch.Tensor, tile: int | None = None, tile_pad: in
     the result equals that of the whole image. For networks with global operations the result is an approximation that
     depends on the tiles.
     memory: bytes that a forward pass may take. Among the tilings that fit, the one with the fewest computed pixels is
-    chosen; an image that fits is not divided. The default is half of the free memory, or 1 GB for networks with global
-    operations, so that their results do not depend on the machine.
+    chosen; an image that fits is not divided. The default is half of the free memory, on a CPU at most 1 GB; or 1 GB for
+    networks with global operations, so that their results do not depend on the machine.
     tile: size of the tiles in LR pixels, in place of `memory`.
 
     Tiles start at multiples of net.window. If a GPU runs out of memory, smaller tiles are tried. Raises UserError where

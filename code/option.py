@@ -356,8 +356,8 @@ def _add_testing_flags(parser):
                             "--ckp_path that of --teacher")
     group.add_argument("--chop", action="store_true", help="upscale large images in overlapping tiles, to save memory")
     group.add_argument("--chop_mem", type=positive_number,
-                       help="memory limit of --chop in GB (10^9 bytes) (default: half of the free memory; 1 for networks "
-                            "with global operations, whose results depend on the tiles)")
+                       help="memory limit of --chop in GB (10^9 bytes) (default: half of the free memory, on a CPU at most "
+                            "1; 1 for networks with global operations, whose results depend on the tiles)")
     group.add_argument("--self_ensemble", action="store_true", help="average the outputs for 8 flips and transposes (EDSR+)")
 
 

@@ -191,11 +191,13 @@ def test_memory_too_small_for_any_tile_is_reported(edsr):
         inference.chop(edsr, torch.rand(1, 3, 50, 50), memory=1e4)
 
 
-def test_the_default_memory_is_half_of_the_free_memory_or_fixed_for_networks_with_global_operations(monkeypatch):
-    monkeypatch.setattr(memory_budget, "free_memory", lambda device: 6e9)
+def test_the_default_memory_is_at_most_half_of_the_free_memory_or_fixed_for_networks_with_global_operations(monkeypatch):
     cpu = torch.device("cpu")
-    assert memory_budget.default_memory(Nearest(), cpu) == 3e9
-    assert memory_budget.default_memory(Nearest(receptive_field=None), cpu) == 1e9
+    for free, expected in ((6e9, 1e9), (1e9, 5e8)):
+        monkeypatch.setattr(memory_budget, "free_memory", lambda device, free=free: free)
+        assert memory_budget.default_memory(Nearest(), cpu) == expected
+        assert memory_budget.default_memory(Nearest(), torch.device("cuda")) == free / 2
+        assert memory_budget.default_memory(Nearest(receptive_field=None), cpu) == 1e9
     monkeypatch.setattr(memory_budget, "free_memory", lambda device: 0)
     assert inference.chop(Nearest(), torch.rand(1, 3, 50, 50)).shape == (1, 3, 100, 100)
 

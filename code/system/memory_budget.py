@@ -14,6 +14,7 @@ from system.memory import LiveMemory
 
 # Bytes, for networks whose output depends on the tiles: the output must not depend on the memory that happens to be free.
 GLOBAL_MEMORY = 1e9
+CPU_MEMORY = 1e9  # bytes; with more, tiles of EDSR 16 x 64 and of a small network take as long, see figure/README.md
 FREE_FRACTION = 0.5  # of the free memory is used, since other processes may need some before the image is done
 OVERHEAD = 1.5  # resident memory / memory of the tensors, measured up to 1.43: kernel workspaces, allocator fragmentation
 PROBE_SIZE = 48  # side of the probe image, in pixels; for larger images the memory per pixel differs by less than 3%
@@ -28,7 +29,10 @@ _retaining = []  # the device of the outermost retain_freed_memory, if there is 
 
 def default_memory(net: nn.Module, device: torch.device) -> float:
     """Return the bytes that tiles of the network may take unless --chop_mem is given."""
-    return GLOBAL_MEMORY if net.receptive_field is None else FREE_FRACTION * free_memory(device)
+    if net.receptive_field is None:
+        return GLOBAL_MEMORY
+    free = FREE_FRACTION * free_memory(device)
+    return min(CPU_MEMORY, free) if device.type == "cpu" else free
 
 
 def max_pixels(net: nn.Module, device: torch.device, memory: float) -> int:
