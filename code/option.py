@@ -292,6 +292,9 @@ def _add_term_flags(parser):
     group.add_argument("--gan_net", choices=("srgan", "unet"), default="srgan",
                        help="discriminator (GAN): srgan, a score of each image; unet, a score of each pixel, as in MCADKD")
     group.add_argument("--gan_k", type=repeats, default=1, help="discriminator steps per iteration (GAN)")
+    group.add_argument("--gan_update", choices=("after", "before"), default="after",
+                       help="update the discriminator after the student, or before it and with half of its loss, as in "
+                            "MCADKD's code (GAN)")
     group.add_argument("--gan_lr", type=positive_number, default=1e-4, help="learning rate of the discriminator (GAN)")
 
 
@@ -400,9 +403,12 @@ def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.
     except ValueError as error:
         parser.error(str(error))
     preset = join_presets(presets + [TEMPLATES[name] for name in names])
-    factor = given.get("rgb_range", defaults["rgb_range"]) / float(preset.pop("image_range", defaults["rgb_range"]))
-    for name in preset.keys() & {"loss", "feature_distilation_type"} if factor != 1 else ():
-        preset[name] = convert_weights(preset[name], factor)
+    rgb_range = given.get("rgb_range", defaults["rgb_range"])
+    factor = rgb_range / float(preset.pop("image_range", rgb_range))
+    if factor != 1:
+        for name in preset.keys() & {"loss", "feature_distilation_type"}:
+            preset[name] = convert_weights(preset[name], factor)
+        preset["epsilon"] = f"{factor * defaults['epsilon']:g}"  # Adam compares it with the gradient, which grows with L1
     argv_of_preset = [f"--{name}" if value is True else f"--{name}={value}" for name, value in preset.items()]
     preset = {name: getattr(parser.parse_args(argv_of_preset), name) for name in preset}
     if "model" in given and given["model"] != preset.get("model", given["model"]):

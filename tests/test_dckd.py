@@ -220,6 +220,19 @@ def test_resizing_keeps_size_and_range_and_blurs():
     assert len({x.sum().item() for x in seen}) > 25
 
 
+def test_one_resizing_in_four_is_to_a_larger_size(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(F, "interpolate", lambda x, size, mode: sizes.append(size[0]) or x)
+    images = torch.rand(1, 3, 1000, 1)
+    for _ in range(400):
+        degradation.random_resize(images, 255)
+    factors = np.array(sizes[::2]) / 1000
+    larger = factors[factors > 1]
+    assert set(sizes[1::2]) == {1000} and len(larger) == pytest.approx(100, abs=30)
+    assert larger.mean() == pytest.approx(1.25, abs=0.06) and larger.max() <= 1.5
+    assert factors[factors <= 1].mean() == pytest.approx(0.75, abs=0.03) and factors.min() >= 0.5
+
+
 def test_probabilities_are_per_image():
     images = torch.full((600, 3, 4, 4), 100.0)
     changed = (degrade(images, 255, noise=0.25) != images).flatten(1).any(1)

@@ -46,6 +46,7 @@ CASES = {
     "GAN": "--loss 1*DS+1*GAN --gan_type RGAN",
     "WGAN": "--loss 1*GAN --gan_type WGAN_GP",
     "U-Net": "--loss 1*DS+1*GAN --gan_net unet",
+    "MCADKD": "--loss 1*DS+1*GAN --gan_net unet --gan_update before",
     "DUKD": "--template DUKD --label_consistency 0.5 --n_zoom_in 2 --batch_size 4 --lr 1e-9 --patch_size 32",
     "DUKD as published": "--template DUKD --label_consistency 0.5 --label_consistency_views zoom_in --zoom_in_tiles batch "
                          "--n_zoom_in 2 --batch_size 4 --lr 1e-9 --patch_size 32",

@@ -31,7 +31,8 @@ def small(monkeypatch):
 
 
 def make_loss(string="1*GAN", **flags):
-    defaults = dict(gan_type="GAN", gan_k=1, gan_lr=1e-3, rgb_range=255, gan_net="srgan", patch_size=24)
+    defaults = dict(gan_type="GAN", gan_k=1, gan_lr=1e-3, rgb_range=255, gan_net="srgan", gan_update="after",
+                    split_batch=1, patch_size=24)
     return loss.build_loss(string, loss.Context(SimpleNamespace(**{**defaults, **flags}), None, []))
 
 
@@ -311,6 +312,38 @@ def test_images_too_small_for_the_unet_are_refused():
         make_loss(gan_net="unet", patch_size=6)
 
 
+# ---- the published order of updates
+
+@pytest.mark.parametrize("net", ["srgan", "unet"])
+def test_the_discriminator_may_be_updated_before_the_student_with_half_its_loss(net):
+    term, late = (make_loss(gan_update=order, gan_net=net).double().terms["GAN"] for order in ("before", "after"))
+    late.load_state_dict(term.state_dict())
+    hr, student = (x.double() for x in images(4, 3, 24, 24))
+    optimizer = torch.optim.Adam(late.discriminator.parameters(), 1e-3, betas=(0.9, 0.99))
+    late.discriminator.train()
+    (0.5 * discriminator_loss("GAN", *late.scores(hr / 255, student / 255))).backward()
+    optimizer.step()
+
+    results = []
+    for each in (term, late):
+        sr = student.clone().requires_grad_()
+        value = each(make_step(hr, sr))
+        results.append((value, *torch.autograd.grad(value, sr)))
+    for found, expected in zip(*results):
+        assert torch.allclose(found, expected, rtol=1e-9, atol=0)
+    updated = {name: x.clone() for name, x in term.discriminator.state_dict().items()}
+    for name, expected in late.discriminator.state_dict().items():
+        assert torch.allclose(updated[name], expected, rtol=1e-9, atol=1e-12), name
+    term.update(make_step(hr, student))
+    term(loss.LossInputs(hr[:, :, ::2, ::2], hr, loss.Output(student), view="zoom_out"))
+    assert_same(term.discriminator.state_dict(), updated)  # once per iteration
+
+
+def test_a_divided_batch_has_no_update_before_the_student():
+    with pytest.raises(UserError, match="needs the outputs of the whole batch at once, but --split_batch 2"):
+        make_loss(gan_update="before", split_batch=2)
+
+
 # ---- state
 
 def test_state_of_discriminator_and_its_optimiser_goes_on_exactly(tmp_path):
@@ -378,11 +411,12 @@ def flags(tiny_data, tmp_path, monkeypatch):
             "--loss 1*DS+1*TS+0.1*GAN+1*NCE --nce_patches 3 --nce_patch_size 12 --test_every 2 --print_every 1 ")
 
 
-def test_a_run_with_nce_and_gan_resumes_exactly(run_main, flags, tmp_path):
+@pytest.mark.parametrize("kind", ["--gan_type WGAN_GP", "--gan_update before"])
+def test_a_run_with_nce_and_gan_resumes_exactly(run_main, flags, tmp_path, kind):
     states = {}
     for name, parts in (("whole", ("--epochs 4",)), ("parts", ("--epochs 2", "--epochs 4 --resume 1"))):
         for part in parts:
-            assert run_main("train", f"{flags} --gan_type WGAN_GP --ckp_dir {tmp_path / name} {part}")[0] == 0
+            assert run_main("train", f"{flags} {kind} --ckp_dir {tmp_path / name} {part}")[0] == 0
             states.setdefault(name, []).append(torch.load(tmp_path / name / "state.pt", weights_only=True))
     assert_same(states["whole"][-1], states["parts"][-1])
     early, late = (state["loss"] for state in states["parts"])

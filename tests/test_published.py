@@ -14,6 +14,7 @@ from conftest import ROOT
 from model import make_model
 from model.edsr import EDSR
 from published import comparison, experiments
+from reference.dukd import make_step
 from schedule import learning_rate
 from template import TEMPLATES
 
@@ -54,10 +55,10 @@ def parse(line):
                        "gamma 0.1, epochs 250"),
     ("DCKD/RCAN/x2", "model RCAN, n_resblocks 6, batch_size 16, ema 0.999, betas 0.9,0.99, upcycle "),
     ("DCKD_star/RCAN/x4", "loss 1*DS+1*TS+1*LC+25.5*DCR+0.255*DMM, upcycle zoom_in"),
-    ("MCADKD/EDSR/x2", "n_resblocks 32, n_feats 64, res_scale 0.1, lr 1e-3, gan_lr 1e-3, gan_net unet, ema 0, "
-                       "batch_size 32, epochs 500, gamma 0.5, betas 0.9,0.99, self_ensemble 1, "
+    ("MCADKD/EDSR/x2", "n_resblocks 32, n_feats 64, res_scale 0.1, lr 1e-3, gan_lr 1e-3, gan_net unet, gan_update before, "
+                       "ema 0, batch_size 32, epochs 500, gamma 0.5, betas 0.9,0.99, self_ensemble 1, "
                        "loss 3*DS+0.5*TS+12.75*NCE+2.55*GAN"),
-    ("MCADKD/SwinIR/x3", "lr 1e-4, gan_lr 1e-4, gan_net unet, ema 0.999, batch_size 32, epochs 500, "
+    ("MCADKD/SwinIR/x3", "lr 1e-4, gan_lr 1e-4, gan_net unet, gan_update before, ema 0.999, batch_size 32, epochs 500, "
                          "self_ensemble 0, patch_size 144"),
 ])
 def test_an_experiment_has_its_published_settings(name, line):
@@ -80,6 +81,38 @@ def test_an_experiment_has_its_published_settings(name, line):
 def test_an_experiment_has_its_published_learning_rates(name, rates):
     args = parse(f"--published {name}")
     assert {k: learning_rate(args, k) for k in rates} == pytest.approx(rates, rel=1e-9)
+
+
+@pytest.mark.parametrize("name, step", [("DUKD/EDSR/x2", 100 * K), ("DCKD/SwinIR/x4", 100 * K), ("MCADKD/EDSR/x2", 250 * K)])
+def test_the_learning_rate_falls_at_the_published_iteration_whatever_an_epoch_is(name, step):
+    args = parse(f"--published {name} --test_every 250")
+    assert learning_rate(args, step - 1) == args.lr and learning_rate(args, step) == args.lr * args.gamma
+
+
+@pytest.mark.parametrize("line, epsilon", [
+    ("--template DUKD", 2.55e-6), ("--published DCKD/RCAN/x4", 2.55e-6), ("--template MCADKD --rgb_range 1", 1e-8),
+    ("--template FAKD", 1e-8), ("--template CSD --rgb_range 1", 1e-8 / 255), ("--template DCKD --epsilon 1e-7", 1e-7),
+    ("--template EDSR --rgb_range 1", 1e-8)])
+def test_the_epsilon_of_adam_is_converted_to_the_range_of_the_images(line, epsilon):
+    assert parse(line).epsilon == pytest.approx(epsilon, rel=1e-5)
+
+
+def test_a_preset_has_the_same_updates_in_any_range_of_the_images():
+    """Images in [0, 255] and in [0, 1]; with one epsilon for both, three updates would differ by 3e-4."""
+    torch.manual_seed(1)
+    batch = [torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8) for side in (12, 24)]
+    flags, found = "--template DUKD --scale 2 --patch_size 24 --batch_size 2", []
+    for rgb_range in (255, 1):
+        torch.manual_seed(0)
+        student, teacher = (EDSR(2, n_resblocks=1, n_feats=8).double() for _ in range(2))
+        start = [p.detach().clone() for p in student.parameters()]
+        for net in (student, teacher):
+            net.rgb_range = rgb_range
+        step = make_step(student, teacher, f"{flags} --rgb_range {rgb_range}")
+        for _ in range(3):
+            step(*batch)
+        found.append(torch.cat([(p.detach() - q).flatten() for p, q in zip(student.parameters(), start)]))
+    assert (found[0] - found[1]).norm() < 2e-5 * found[0].norm()
 
 
 @pytest.mark.parametrize("name, scores", [

@@ -11,9 +11,8 @@ RGAN       as GAN, of D(R) - mean D(S) and D(S) - mean D(R)    the same, R and S
 WGAN       D(S) - D(R), weights clipped to 0.01                -D(S)                       Arjovsky et al., ICML 2017
 WGAN_GP    D(S) - D(R) + 10 (|grad D| - 1)^2 in between        -D(S)                       Gulrajani et al., NeurIPS 2017
 
-each a mean over the batch and the pixels. Departs from MCADKD's code, which applies the weight twice, halves the
-discriminator's loss and updates it before the student, and from EDSR's, whose discriminator normalises over the batch and
-clips WGAN's weights to 1.
+each a mean over the batch and the pixels. Departs from MCADKD's code, see the table of departures in scripts/README.md, and
+from EDSR's, whose discriminator normalises over the batch and clips WGAN's weights to 1.
 """
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -121,18 +120,20 @@ def gradient_penalty(discriminator: nn.Module, real: torch.Tensor, fake: torch.T
 
 
 class Adversarial(Term):
-    """GAN: the generator's loss. After each update of the student, the discriminator is updated `steps` times.
+    """GAN: the generator's loss. In each iteration the discriminator is updated `steps` times.
 
     kind: one of the table above. net: `srgan` or `unet`. The discriminator is trained on the outputs that the student had
     before its update, with Adam of learning rate `lr` and betas 0.9 and 0.99, whose state is in the term's state_dict.
-    Images are in [0, rgb_range].
+    order: `after`, the discriminator is updated after the student; `before`, it is updated in the forward pass on the
+    original batch, with half of its loss, as in MCADKD's code. Images are in [0, rgb_range].
     """
 
     needs = frozenset({"hr"})
 
-    def __init__(self, kind: str = "GAN", steps: int = 1, lr: float = 1e-4, rgb_range: float = 255, net: str = "srgan"):
+    def __init__(self, kind: str = "GAN", steps: int = 1, lr: float = 1e-4, rgb_range: float = 255, net: str = "srgan",
+                 order: str = "after"):
         super().__init__()
-        self.kind, self.steps, self.rgb_range = kind, steps, rgb_range
+        self.kind, self.steps, self.rgb_range, self.order = kind, steps, rgb_range, order
         self.discriminator = DISCRIMINATORS[net]()
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr, betas=(0.9, 0.99), fused=True)
 
@@ -142,6 +143,8 @@ class Adversarial(Term):
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
         """Compute the student's loss from the scores of the discriminator, whose weights are constants here."""
+        if self.order == "before" and inputs.view == "original":
+            self.update_discriminator(inputs, 0.5)
         self.discriminator.eval()  # without an iteration of the spectral norms
         constants = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         real, fake = None, functional_call(self.discriminator, constants, self.to_input(inputs.student.sr))
@@ -150,7 +153,12 @@ class Adversarial(Term):
         return generator_loss(self.kind, real, fake)
 
     def update(self, inputs: LossInputs) -> None:
-        """Update the discriminator `steps` times on HR and the student's output."""
+        """Update the discriminator after the student."""
+        if self.order == "after":
+            self.update_discriminator(inputs)
+
+    def update_discriminator(self, inputs: LossInputs, weight: float = 1) -> None:
+        """Update the discriminator `steps` times on HR and the student's output, with `weight` times its loss."""
         self.discriminator.train()
         parameters = list(self.discriminator.parameters())
         real, fake = self.to_input(inputs.hr), self.to_input(inputs.student.sr.detach())
@@ -158,7 +166,7 @@ class Adversarial(Term):
             loss = discriminator_loss(self.kind, *self.scores(real, fake))
             if self.kind == "WGAN_GP":
                 loss = loss + PENALTY * gradient_penalty(self.discriminator, real, fake)
-            loss.backward()
+            (weight * loss).backward()
             all_reduce_gradients(parameters)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -193,9 +201,12 @@ TERMS = {"GAN": Adversarial}
 def build_term(name: str, context: Context) -> Term:
     """Build a term of this family from the flags; raises UserError for images that the discriminator cannot score."""
     args = context.args
+    if args.gan_update == "before" and args.split_batch > 1:
+        raise UserError(f"GAN: --gan_update before needs the outputs of the whole batch at once, but --split_batch "
+                        f"{args.split_batch} divides it: give --gan_update after or --split_batch 1")
     if args.gan_net == "unet":
         side = min([args.patch_size, *(view.side for view in context.views if view.has_hr)])
         if side < UNET_SIDE:
             raise UserError(f"GAN: --gan_net unet needs images of {UNET_SIDE} pixels or more, those of --patch_size "
                             f"{args.patch_size} and its views have {side}")
-    return Adversarial(args.gan_type, args.gan_k, args.gan_lr, args.rgb_range, args.gan_net)
+    return Adversarial(args.gan_type, args.gan_k, args.gan_lr, args.rgb_range, args.gan_net, args.gan_update)

@@ -58,9 +58,13 @@ def blur_axis(images: torch.Tensor, kernels: torch.Tensor, axis: int) -> torch.T
 
 
 def random_resize(images: torch.Tensor, _: float) -> torch.Tensor:
-    """Resize by a factor uniform in [0.5, 1.5] and back, each by area, bilinear or bicubic interpolation."""
+    """Resize and back, each by area, bilinear or bicubic interpolation.
+
+    The factor is uniform in [1, 1.5] with probability 0.25, else in [0.5, 1].
+    """
     size = images.shape[2:]
-    factor = 0.5 + torch.rand(()).item()
+    larger, part = torch.rand(2).tolist()
+    factor = 1 + part / 2 if larger < 0.25 else 1 - part / 2
     for target in ([max(1, round(side * factor)) for side in size], size):
         mode = ("area", "bilinear", "bicubic")[int(torch.randint(3, ()))]
         images = F.interpolate(images, size=tuple(target), mode=mode)
