@@ -312,6 +312,15 @@ def test_images_too_small_for_the_unet_are_refused():
         make_loss(gan_net="unet", patch_size=6)
 
 
+def test_scores_of_a_new_unet_are_small(monkeypatch):
+    monkeypatch.undo()
+    for order in ("after", "before"):
+        sr = (255 * torch.rand(1, 3, 16, 16)).requires_grad_()
+        value = make_loss(gan_net="unet", gan_update=order)(make_step(sr.detach(), sr))[0]
+        value.backward()
+        assert value < 2 and sr.grad.norm() < 1, order
+
+
 # ---- the published order of updates
 
 @pytest.mark.parametrize("net", ["srgan", "unet"])

@@ -1,15 +1,22 @@
 """The shell scripts: what they call, with a stand-in for python that prints its arguments."""
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 
+import checkpoint
 import loss
 import option
 import seed_statistics
 from conftest import ROOT
+from loss import adversarial, vqgan
+from loss.adversarial import UNetDiscriminator
+from model.edsr import EDSR
+from model.rcan import RCAN
+from model.swinir import SwinIR
 from published import experiments
 from system.errors import UserError
 
@@ -38,6 +45,36 @@ def test_a_training_script_passes_the_experiment_and_the_users_own_flags(checkou
     args = option.parse(argv)
     assert entry == str(checkout / "code" / "train.py") and args.data_train == ["Sample"] and args.epochs == 3
     assert loss.parse(args.loss) and experiments()[args.published].script == script
+
+
+EDSR_SIZES, RCAN_SIZES = dict(n_resblocks=2, n_feats=8), dict(n_resgroups=3, n_resblocks=1, n_feats=8, reduction=4)
+SWINIR_SIZES = dict(depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], n_feats=8, window_size=4)
+
+
+@pytest.mark.parametrize("script, kind, sizes, line", [
+    ("train_rcan_SA_x4", RCAN, RCAN_SIZES, ""),
+    ("csd_edsr_x4", EDSR, EDSR_SIZES, "--neg_num 1 --feature_net random"),
+    ("dukd_edsr_x2", EDSR, EDSR_SIZES, ""),
+    ("dckd_swinir_x4", SwinIR, SWINIR_SIZES, "--feature_net random"),
+    ("mcadkd_swinir_x2", SwinIR, SWINIR_SIZES, "--nce_patches 2 --nce_patch_size 16"),
+])
+def test_a_script_of_each_method_trains(checkout, run_main, tiny_data, tmp_path, monkeypatch, script, kind, sizes, line):
+    monkeypatch.setattr(checkpoint, "draw_curve", lambda *_: b"")  # takes longer than the training
+    monkeypatch.setattr(vqgan, "F16_1024", dict(ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1, attention=(4,),
+                                                z_channels=8, embed_dim=8, n_embed=16))
+    monkeypatch.setitem(adversarial.DISCRIMINATORS, "unet", lambda: UNetDiscriminator(4))
+    scale = int(script[-1])
+    checkpoint.save_model(kind(scale, **sizes), tmp_path / "teacher.pt")
+    line += "".join(f" --{name} {value}" for name, value in sizes.items()).replace(", ", ",") if "csd" not in script else ""
+    line += (f" --teacher {tmp_path / 'teacher.pt'} --ckp_dir {tmp_path / 'run'} --cpu --n_threads 0 --dir_data {tiny_data} "
+             f"--data_train tiny --data_test tiny --epochs 2 --test_every 2 --batch_size 2 --patch_size {16 + 8 * scale}")
+    ran = subprocess.run(["bash", str(checkout / "scripts" / f"{script}.sh"), *line.split()], capture_output=True, text=True,
+                         check=True)
+    status, out, _ = run_main("train", " ".join(ran.stdout.splitlines()[1:]))
+    terms = option.parse(["--published", next(name for name in experiments() if experiments()[name].script == script)]).loss
+    logged = next(text for text in out if text.startswith("[4/4] loss"))
+    assert status == 0 and set(re.findall(r"[A-Z_]+", logged)) == set(loss.parse(terms))
+    assert float((tmp_path / "run" / "metrics.csv").read_text().splitlines()[-1].split(",")[4]) > 0  # PSNR
 
 
 def test_the_comparison_of_methods_passes_valid_flags(checkout):

@@ -30,6 +30,7 @@ from system.state import load_optimizer
 WIDTHS = 64, 64, 128, 128, 256, 256, 512, 512
 HIDDEN = 1024
 UNET_WIDTH, UNET_SIDE = 64, 8  # channels; smallest side of an image
+POWER_ITERATIONS = 15  # of the spectral norms of a new discriminator, as many as torch.nn.utils.parametrizations makes
 CLIP = 0.01  # of WGAN
 PENALTY = 10  # of WGAN_GP
 
@@ -136,6 +137,10 @@ class Adversarial(Term):
         self.kind, self.steps, self.rgb_range, self.order = kind, steps, rgb_range, order
         self.discriminator = DISCRIMINATORS[net]()
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr, betas=(0.9, 0.99), fused=True)
+        if order == "after" and net == "unet":  # without power iterations the first scores would be about 1e16
+            with torch.no_grad():
+                for _ in range(POWER_ITERATIONS):
+                    self.discriminator(torch.zeros(1, 3, UNET_SIDE, UNET_SIDE))
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield nothing: the discriminator has an optimiser of its own."""
