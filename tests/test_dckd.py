@@ -66,6 +66,15 @@ def test_DMM_is_the_papers_formula_without_a_second_softmax():
     assert abs(published - DCKD["DMM_paper"]) > 0.1
 
 
+def test_the_second_softmax_divides_the_gradient_by_the_number_of_codes():
+    """As the table of departures in scripts/README.md states."""
+    for codes, ratio in (24, 0.044), (1024, 0.0011):
+        student, teacher = normal(200, (32, codes)).requires_grad_(), normal(201, (32, codes))
+        paper, = torch.autograd.grad(cross_entropy(student, teacher), student)
+        published, = torch.autograd.grad(F.cross_entropy(student.softmax(1), teacher.softmax(1)), student)
+        assert (published.norm() / paper.norm()).item() == pytest.approx(ratio, rel=0.05)
+
+
 def test_gradients_of_cross_entropy():
     student, teacher = normal(1, (5, 4)), normal(2, (5, 4))
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, teacher), student.requires_grad_())

@@ -1,8 +1,8 @@
 """Spatial affinity: L1 between N x N matrices of the similarities of all pairs of positions, N = H W.
 
 Source: FAKD, Feature-affinity Based Knowledge Distillation (He et al., ICIP 2020). The published code stores the matrices,
-17 GB for one 256 x 256 feature map. Here one block exists at a time, from which loss and gradient are computed in one pass,
-and only the upper triangle of the symmetric matrices is computed.
+17 GB for one 256 x 256 feature map (table of departures in scripts/README.md). Here one block exists at a time, from which
+loss and gradient are computed in one pass, and only the upper triangle of the symmetric matrices is computed.
 """
 import functools
 import itertools

@@ -4,7 +4,7 @@ Four invertible operations, in this order: colour inversion rgb_range - x, horiz
 chooses them for each image, `perturb` applies them, `restore` undoes them on the output. DUKD (Zhang et al., 2023) perturbs
 the student's inputs of the view zoom_in (--label_consistency, --label_consistency_views), DCKD (Zhou et al., AAAI 2025) the
 teacher's (LC). DUKD's published code undoes the operations in the order in which it applied them, which is wrong where a
-transpose meets exactly one flip; here they are undone in reverse order.
+transpose meets exactly one flip; here they are undone in reverse order, see the table of departures in scripts/README.md.
 """
 from collections.abc import Callable, Sequence
 

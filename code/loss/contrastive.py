@@ -106,7 +106,7 @@ class ContrastiveLoss(Term):
     vgg: loss.vgg.VGG19. negatives: number of negatives of each anchor, which are other LR images of the batch, upsampled
     with PyTorch's bicubic kernel (a = -0.75, no antialiasing) as in the published code. distance: L1 or cos. Departs from
     that code, where an image can be its own negative, the inputs of VGG are in [0, 255] without ImageNet's normalisation,
-    and an unused graph of teacher and negatives is kept.
+    and an unused graph of teacher and negatives is kept: see the table of departures in scripts/README.md.
     """
 
     needs = frozenset({"teacher"})

@@ -11,7 +11,8 @@ def degrade(images: torch.Tensor, rgb_range: float, noise: float = 1, blur: floa
     """Degrade images N x 3 x H x W in [0, rgb_range]; noise, blur and resize are the probabilities of each, per image.
 
     Strengths are drawn per image, those of resizing for the whole batch. The noise comes from the default generator of the
-    images' device, all other random numbers from that of the CPU. Source: DCKD (Zhou et al., AAAI 2025).
+    images' device, all other random numbers from that of the CPU. Source: DCKD (Zhou et al., AAAI 2025), see the
+    table of departures in scripts/README.md.
     """
     for probability, operation in ((blur, random_blur), (resize, random_resize), (noise, random_noise)):
         chosen = torch.rand(global_batch_size(len(images))) < probability

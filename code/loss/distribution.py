@@ -1,6 +1,7 @@
 """Distillation in the feature space and the code distributions of a VQGAN: DCKD (Zhou et al., AAAI 2025).
 
-The inputs of the VQGAN are in [-1, 1], as in its training; in DCKD's published code they are in [0, 1].
+The inputs of the VQGAN are in [-1, 1], as in its training; in DCKD's published code they are in [0, 1], see the
+table of departures in scripts/README.md.
 """
 import copy
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ class DistributionMapping(Term):
 
     C = softmax(max d - d), with the squared distances d of z = quant_conv(encoder(image)) to the codes. The minimum of the
     term is the entropy of the teacher's distribution. Departs from the published code, which passes probabilities to
-    a cross-entropy that applies softmax once more. vqgan: loss.vqgan.VQGAN.
+    a cross-entropy that applies softmax once more (table of departures in scripts/README.md). vqgan: loss.vqgan.VQGAN.
     """
 
     needs = frozenset({"teacher"})

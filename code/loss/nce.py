@@ -5,10 +5,10 @@ images and one for patches. The positive of a student image is the teacher image
 other teacher images of the batch. The term is 0.3 x that of whole images + 0.7 x that of random patches, where the other
 patches of the same image are negatives too.
 
-Departs from the published code: student and teacher patches are cropped at the same places, different ones in each image;
-embeddings and temperatures are trained, by the student's optimiser; `hard` keeps the most similar half of the negatives, not
-all; the weight is applied once. With the negatives alone in the denominator, the loss has no lower bound as a temperature
-goes to 0; each is therefore kept at 0.01 or above, as in CLIP (Radford et al., ICML 2021).
+Departs from the published code, see the table of departures in scripts/README.md: student and teacher patches are cropped at
+the same places, different ones in each image; embeddings and temperatures are trained, by the student's optimiser; `hard`
+keeps the most similar half of the negatives, not all. With the negatives alone in the denominator, the loss has no lower
+bound as a temperature goes to 0; each is therefore kept at 0.01 or above, as in CLIP (Radford et al., ICML 2021).
 """
 import math
 from itertools import pairwise

@@ -130,8 +130,9 @@ class Encoder(nn.Module):
 class VQGAN(nn.Module):
     """Compute the output of the first residual block of each level, given images N x 3 x H x W in [0, rgb_range].
 
-    The images are scaled to [-1, 1], the range of the training images (DCKD's published code uses [0, 1]), and padded by
-    reflection to multiples of 16, so that the strided convolutions drop no row or column.
+    The images are scaled to [-1, 1], the range of the training images (DCKD's code uses [0, 1], see the table of
+    departures in scripts/README.md), and padded by reflection to multiples of 16, so that the strided convolutions drop no
+    row or column.
     """
 
     title = "VQGAN"

@@ -144,7 +144,7 @@ class SwinIR(Network):
 
     A pixel depends on some hundred pixels to each side, but on which ones depends on the grid of windows: the output of a
     tile equals that of the whole image only where the tile is aligned with the grid. Hence `receptive_field` is None. The
-    stochastic depth of 0.1 of the authors' training is left out.
+    stochastic depth of 0.1 of the authors' training is left out, see the table of departures in scripts/README.md.
     """
 
     native_range = 1

@@ -4,7 +4,7 @@ There the student is updated twice: with the loss on the original batch, then wi
 clearing the gradients of the first update before the second. The teacher runs with a graph, and the backward pass computes
 gradients of its weights; each view has forward passes of its own; zoom-in takes the same tiles from all images, and label
 consistency acts on it alone; LR is downscaled on the CPU, image by image. Label consistency is undone in the correct order
-here, unlike in the published code.
+here, unlike in the published code: see the table of departures in scripts/README.md.
 """
 import copy
 from collections.abc import Callable
