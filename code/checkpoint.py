@@ -284,7 +284,8 @@ def check_history(history: object, terms: Iterable[str], iteration: int) -> None
         scores = [*row["scores"].values(), *(pair for per_image in images.values() for _, *pair in per_image)]
         numbers = [row["lr"], *losses.values(), *gradients.values(), *(value for pair in scores for value in pair)]
         counted = row["epoch"] == epoch and type(row["iteration"]) is int and last < row["iteration"] <= iteration
-        named = (row["loss"] and all(list(row[key]) == [name for name in terms if name in row[key]]  # some are of other stages
+        # the terms of other stages are not in a row
+        named = (row["loss"] and all(list(row[key]) == [name for name in terms if name in row[key]]
                                      for key in ("loss", "gradients") if key in row)
                  and images.keys() <= row["scores"].keys() and all(name == Path(name).name for name in row["scores"])
                  and all(type(name) is str for per_image in images.values() for name, *_ in per_image))
