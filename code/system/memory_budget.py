@@ -14,7 +14,7 @@ from system.memory import LiveMemory
 
 # Bytes, for networks whose output depends on the tiles: the output must not depend on the memory that happens to be free.
 GLOBAL_MEMORY = 1e9
-CPU_MEMORY = 1e9  # bytes; with more, tiles of EDSR 16 x 64 and of a small network take as long, see figure/README.md
+CPU_MEMORY = 1e9  # bytes; with more, EDSR is at most 10 % faster, with less slower: see figure/README.md
 FREE_FRACTION = 0.5  # of the free memory is used, since other processes may need some before the image is done
 OVERHEAD = 1.5  # resident memory / memory of the tensors, measured up to 1.43: kernel workspaces, allocator fragmentation
 PROBE_SIZE = 48  # side of the probe image, in pixels; for larger images the memory per pixel differs by less than 3%
