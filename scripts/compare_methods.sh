@@ -1,17 +1,34 @@
 #!/usr/bin/env bash
-# Compares distillation methods: trains one student by each method, once per seed, with the same number of iterations,
-# learning rate and moving average, and tabulates the PSNR and SSIM of the last epoch as mean ± standard deviation over seeds.
+# Compares distillation methods: trains one student by each method, once per seed, with the same learning rate and moving
+# average, and with the same number of iterations or for the same time.
 #
-#     METHODS="scratch TS FAKD" SEEDS="1 2 3" bash scripts/compare_methods.sh --scale 2 --model RCAN --n_feats 16 --epochs 20
+#     bash scripts/compare_methods.sh --scale 2 --template Compact_S --teacher RCAN --epochs 5 --test_every 1000
+#     METHODS="scratch FAKD" SEEDS="1 2 3" MINUTES=5 bash scripts/compare_methods.sh --scale 2 ...
 #
 # METHODS, SEEDS   environment variables: the methods and seeds to compare (default: all methods, seeds 1 2 3)
-# Arguments go to train.py: student, teacher, data. Finished runs are not repeated, interrupted runs continue. The runs,
-# methods.csv (the scores of each run) and methods.md (the table) are in experiment/compare_methods.
+# MINUTES          trains each student for about this time instead of --epochs and --test_every: the time of an iteration is
+#                  measured once for each method, so nothing else should run on the machine
+# Arguments go to train.py: student, one teacher, data. Finished runs are not repeated, interrupted runs continue. The runs,
+# methods.csv (the scores of each run), methods.md (the table), methods_gap.png and methods_time.png are in
+# experiment/compare_methods, or with MINUTES=5 in experiment/compare_methods_5min.
+#
+# CSD stands for its contrastive loss, with a student that is no slice of the teacher. Where the released weights of VGG-19 or
+# the VQGAN are not in teacher_checkpoint/, the feature networks are random, and the table says so.
 source "$(dirname "$0")/env.sh"
-experiments=$root/experiment/compare_methods
-all="scratch inherit TS TS_cached FAKD DUKD DUKD_inherit"
+minutes=${MINUTES:-}
+name=compare_methods${minutes:+_${minutes}min}
+experiments=$root/experiment/$name
+all="scratch TS TS_cached FAKD CSD DUKD DCKD MCADKD best"
 methods=${METHODS:-$all}
 seeds=${SEEDS:-1 2 3}
+epochs=5 # tests during the training, with MINUTES
+
+weights_of() { # the file of a method's feature network
+    case $1 in
+        CSD) echo "$root/teacher_checkpoint/vgg19-dcbb9e9d.pth" ;;
+        DCKD) echo "$root/teacher_checkpoint/vqgan_f16_1024.ckpt" ;;
+    esac
+}
 
 flags_of() {
     case $1 in
@@ -19,22 +36,56 @@ flags_of() {
         inherit) echo "--template inherit" ;;
         TS) echo "--loss 1*DS+1*TS" ;;
         TS_cached) echo "--loss 1*DS+1*TS --cache_teacher" ;;
-        FAKD) echo "--template FAKD" ;;
-        DUKD) echo "--template DUKD" ;;
-        DUKD_inherit) echo "--template DUKD --init_from_teacher" ;;
-        *) echo "error: METHODS: unknown method $1; the methods are $all" >&2; return 2 ;;
+        CSD) echo "--loss 1*DS+200*CSD" ;;
+        FAKD | DUKD | DCKD | MCADKD | best) echo "--template $1" ;;
+        *) echo "error: METHODS: unknown method $1; the methods are $all inherit" >&2; return 2 ;;
     esac
+    local weights
+    weights=$(weights_of "$1")
+    [ -z "$weights" ] || [ -e "$weights" ] || echo "--feature_net random"
+}
+
+train() { # method, folder, flags
+    local method=$1 folder=$2
+    shift 2
+    python "$code/train.py" $(flags_of "$method") --lr 2e-4 --betas 0.9,0.99 --decay cosine --ema 0.999 "$@" \
+        --resume auto --ckp_dir "$name/$folder"
 }
 
 set -f # no expansion of file names: 1*DS is a loss
 for method in $methods; do flags_of "$method" >/dev/null; done
+if [ -n "$minutes" ]; then
+    for method in $methods; do
+        echo "== $method, time of an iteration"
+        train "$method" "rate/$method" "$@" --seed 1 --epochs 4 --test_every 20
+    done
+fi
 for seed in $seeds; do
     for method in $methods; do
         echo "== $method, seed $seed"
-        python "$code/train.py" $(flags_of "$method") --lr 2e-4 --betas 0.9,0.99 --decay cosine --ema 0.999 "$@" \
-            --seed "$seed" --resume auto --ckp_dir "compare_methods/${method}_$seed"
+        length=()
+        if [ -n "$minutes" ]; then
+            iterations=$(python "$code/seed_statistics.py" "$experiments/rate/$method" --iterations_in "$minutes")
+            length=(--epochs "$epochs" --test_every $((iterations / epochs + 1)))
+        fi
+        train "$method" "${method}_$seed" "$@" "${length[@]}" --seed "$seed"
     done
 done
 
+echo "== the teacher and bicubic upscaling"
+flags=("$@")
+teacher=RCAN
+for index in "${!flags[@]}"; do
+    case "${flags[index]}" in
+        --teacher) teacher=${flags[index + 1]} ;;
+        --teacher=*) teacher=${flags[index]#--teacher=} ;;
+    esac
+done
+python "$code/compare.py" "$@" --ckp_path "teacher=$teacher" --ckp_dir "$name"
+
 echo "== PSNR and SSIM of the last epoch, mean ± standard deviation over seeds"
-python "$code/seed_statistics.py" "$experiments" --methods $methods --seeds $seeds
+random=
+for method in $methods; do
+    case "$(flags_of "$method")" in *"--feature_net random"*) random="$random $method" ;; esac
+done
+python "$code/seed_statistics.py" "$experiments" --methods $methods --seeds $seeds --random_features $random
