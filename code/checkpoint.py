@@ -23,8 +23,8 @@ from system.logger import log_to
 
 log = logging.getLogger("sr")
 # and model/*.pt, and a curve for each column of loss.csv and each test set of metrics.csv
-RESULTS = "state.pt", "metrics.csv", "images.csv", "loss.csv"
-OPTIONAL = {"gradients", "images", "total"}  # entries of the history that not every epoch has
+RESULTS = "state.pt", "metrics.csv", "images.csv", "loss.csv", "time.csv"
+OPTIONAL = {"gradients", "images", "seconds", "total"}  # entries of the history that not every epoch has
 MODEL = re.compile(r"model_(best|latest|raw|[0-9]+)\.pt")
 REPLACED = ".replaced"  # where --reset keeps the old run until the new one has saved a state
 
@@ -183,7 +183,7 @@ class Experiment:
         save_model(net, self.folder / "model" / name)
 
     def write_history(self, history: list[dict]) -> None:
-        """Write metrics.csv, images.csv, loss.csv and the curves.
+        """Write metrics.csv, images.csv, loss.csv, time.csv and the curves.
 
         history: a dict for each epoch, as `Trainer.test_epoch` records it.
         """
@@ -197,7 +197,9 @@ class Experiment:
                        **{name: f"{value:.6g}" for name, value in with_total(row).items()},
                        **{f"{name}_gradient": f"{norm:.6g}" for name, norm in row.get("gradients", {}).items()})
                   for row in history]
-        for name, rows in (("metrics.csv", scores), ("images.csv", images), ("loss.csv", losses)):
+        times = [dict(epoch=row["epoch"], iteration=row["iteration"], seconds=f"{row['seconds']:.2f}")
+                 for row in history if "seconds" in row]
+        for name, rows in (("metrics.csv", scores), ("images.csv", images), ("loss.csv", losses), ("time.csv", times)):
             if rows:
                 write_table(self.folder / name, rows)
         self._plot(history)
@@ -282,7 +284,8 @@ def check_history(history: object, terms: Iterable[str], iteration: int) -> None
             raise ValueError(f"history has an odd entry {epoch}")
         losses, gradients, images = with_total(row), row.get("gradients", {}), row.get("images", {})
         scores = [*row["scores"].values(), *(pair for per_image in images.values() for _, *pair in per_image)]
-        numbers = [row["lr"], *losses.values(), *gradients.values(), *(value for pair in scores for value in pair)]
+        numbers = [row["lr"], row.get("seconds", 0.0), *losses.values(), *gradients.values(),
+                   *(value for pair in scores for value in pair)]
         counted = row["epoch"] == epoch and type(row["iteration"]) is int and last < row["iteration"] <= iteration
         # the terms of other stages are not in a row
         named = (row["loss"] and all(list(row[key]) == [name for name in terms if name in row[key]]

@@ -6,6 +6,7 @@ from torch import nn
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic iteration by Jordan et al.
 ITERATIONS = 5
+MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Adam):
@@ -16,11 +17,10 @@ class Muon(torch.optim.Adam):
     serves for both (Liu et al., "Muon is scalable for LLM training", 2025). The weight decay is decoupled.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float = 0.95, **settings):
+    def __init__(self, parameters: Iterable[nn.Parameter], **settings):
         parameters = list(parameters)
         groups = [dict(params=[p for p in parameters if (p.ndim > 1) == matrix], matrix=matrix) for matrix in (True, False)]
         super().__init__(groups, fused=False, decoupled_weight_decay=True, **settings)
-        self.momentum = momentum
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
@@ -30,8 +30,8 @@ class Muon(torch.optim.Adam):
                 if parameter.grad is None:
                     continue
                 average = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
-                average.lerp_(parameter.grad, 1 - self.momentum)
-                update = orthogonalise(parameter.grad.lerp(average, self.momentum).flatten(1))
+                average.lerp_(parameter.grad, 1 - MOMENTUM)
+                update = orthogonalise(parameter.grad.lerp(average, MOMENTUM).flatten(1))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.view(parameter.shape), alpha=-0.2 * max(update.shape)**0.5 * group["lr"])
                 parameter.grad = None  # Adam leaves out parameters without gradient

@@ -307,7 +307,9 @@ def _add_training_flags(parser):
     group.add_argument("--split_batch", type=size, default=1,
                        help="divide each batch into this many parts and accumulate their gradients, to save memory; terms "
                             "that compare the images of a batch (IA, CSD, NCE) then compare those of a part")
-    group.add_argument("--optimizer", choices=("ADAM", "ADAMW", "SGD", "RMSprop"), default="ADAM", help="optimiser")
+    group.add_argument("--optimizer", choices=("ADAM", "ADAMW", "MUON", "SGD", "RMSprop"), default="ADAM",
+                       help="optimiser; MUON orthogonalises the updates of convolutions and matrices, whose size is that of "
+                            "ADAM's, and is ADAMW for the other parameters")
     group.add_argument("--lr", type=positive_number, default=1e-4, help="learning rate")
     group.add_argument("--decay", type=parse_decay, default="150-300-450-600",
                        help="epochs, counted from 1, at whose start the learning rate is multiplied by --gamma, as in "
@@ -318,8 +320,8 @@ def _add_training_flags(parser):
                        help="number of iterations at the start over which the learning rate rises linearly")
     group.add_argument("--gamma", type=decay_factor, default=0.5, help="factor of the learning rate at each step of --decay")
     group.add_argument("--momentum", type=fraction, default=0.9, help="momentum of SGD and RMSprop")
-    group.add_argument("--betas", type=parse_betas, default="0.9,0.999", help="betas of ADAM and ADAMW")
-    group.add_argument("--epsilon", type=positive_number, default=1e-8, help="epsilon of ADAM, ADAMW and RMSprop")
+    group.add_argument("--betas", type=parse_betas, default="0.9,0.999", help="betas of ADAM, ADAMW and MUON")
+    group.add_argument("--epsilon", type=positive_number, default=1e-8, help="epsilon of ADAM, ADAMW, MUON and RMSprop")
     group.add_argument("--weight_decay", type=not_negative, default=0,
                        help="weight decay: an L2 penalty, or with ADAMW decoupled from the gradient")
     group.add_argument("--gclip", type=not_negative, default=0,

@@ -25,8 +25,8 @@ def identity_of(trainer: "Trainer") -> dict:
 def state_of(trainer: "Trainer") -> dict:
     """Return the state of a `Trainer`: weights, optimisers, EMA, random number generators, history."""
     return dict(
-        identity=identity_of(trainer), iteration=trainer.iteration, history=trainer.history, sums=trainer.sums,
-        gradients=trainer.gradients,
+        identity=identity_of(trainer), iteration=trainer.iteration, seconds=trainer.seconds, history=trainer.history,
+        sums=trainer.sums, gradients=trainer.gradients,
         student=trainer.student.state_dict(), loss=trainer.loss.state_dict(), optimizer=trainer.optimizer.state_dict(),
         scaler=trainer.scaler.state_dict(), ema=trainer.ema.state_dict() if trainer.ema else None,
         random=torch.get_rng_state(),
@@ -61,6 +61,8 @@ def load_state(trainer: "Trainer", state: dict, path: Path) -> None:
         if state["scaler"] and trainer.scaler.is_enabled():
             check_like(state["scaler"], own["scaler"], "scaler")
             trainer.scaler.load_state_dict(state["scaler"])
+        check_like(state.get("seconds", 0.0), own["seconds"], "seconds")
+        trainer.seconds = state.get("seconds", 0.0)  # earlier versions did not save it
         trainer.sums.copy_(state["sums"])
         trainer.gradients.copy_(state["gradients"])
         trainer.iteration, trainer.history = state["iteration"], state["history"]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from muon import Muon
 from option_types import Iterations
 
 
@@ -16,6 +17,8 @@ def make_optimizer(args: Namespace, parameters: Iterable[nn.Parameter]) -> torch
         return torch.optim.Adam(parameters, betas=args.betas, eps=args.epsilon, fused=True, **shared)
     if args.optimizer == "ADAMW":  # Loshchilov and Hutter, ICLR 2019: decoupled weight decay
         return torch.optim.AdamW(parameters, betas=args.betas, eps=args.epsilon, fused=True, **shared)
+    if args.optimizer == "MUON":
+        return Muon(parameters, betas=args.betas, eps=args.epsilon, **shared)
     if args.optimizer == "SGD":
         return torch.optim.SGD(parameters, momentum=args.momentum, fused=True, **shared)
     return torch.optim.RMSprop(parameters, momentum=args.momentum, eps=args.epsilon, **shared)

@@ -43,6 +43,7 @@ class Trainer:
         self.ema = copy.deepcopy(merged(self.student)).eval().requires_grad_(False) if args.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "half")
         self.iteration, self.iterations = 0, args.epochs * args.test_every
+        self.seconds = 0.0  # time of the training so far, without tests
         self.history = []  # a dict for each epoch, from which the CSV files and curves are written
         self.sums = torch.zeros(len(self.loss.names), dtype=torch.float64, device=device)  # of the terms, in this epoch
         # of each term: the sum of its gradient norms over the logged iterations of this epoch, and their number
@@ -86,7 +87,7 @@ class Trainer:
         """Train to the end of the epoch, which may have begun before a resume; return False if a signal interrupts it."""
         args, start, end = self.args, self.iteration, (len(self.history) + 1) * self.args.test_every
         self.distiller.train()
-        began = saved = time.monotonic()
+        began = saved = ended = time.monotonic()
         waited, printed = 0.0, start
         with bar(f"epoch {len(self.history) + 1}/{args.epochs}", end - args.test_every, start, end) as progress:
             while self.iteration < end:
@@ -96,6 +97,8 @@ class Trainer:
                 values = self.step(*batch)
                 self.sums += values
                 self.iteration += 1
+                started, ended = ended, time.monotonic()
+                self.seconds += ended - started
                 if self.iteration % args.print_every == 0 or self.iteration == end:
                     self.check_loss()
                     now = time.monotonic()
@@ -216,7 +219,8 @@ class Trainer:
         total, means = self.mean_loss()
         gradients = {name: norm / count for name, norm, count in zip(self.loss.names, *self.gradients.tolist()) if count}
         self.history.append(dict(
-            epoch=epoch, iteration=self.iteration, lr=learning_rate(self.args, self.iteration - 1), total=total, loss=means,
+            epoch=epoch, iteration=self.iteration, seconds=self.seconds, lr=learning_rate(self.args, self.iteration - 1),
+            total=total, loss=means,
             scores={s.dataset: (s.psnr, s.ssim) for s in scores if s.psnr is not None},
             images={s.dataset: s.per_image for s in scores if s.psnr is not None},
             **({"gradients": gradients} if gradients else {})))

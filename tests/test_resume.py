@@ -62,7 +62,7 @@ def test_a_momentum_may_begin_on_resuming(optimizer):
     assert second.param_groups[0]["momentum"] == 0.9 and second.state[parameter]["momentum_buffer"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("optimizer", ["ADAM", "ADAMW", "SGD", "RMSprop"])
+@pytest.mark.parametrize("optimizer", ["ADAM", "ADAMW", "MUON", "SGD", "RMSprop"])
 @pytest.mark.parametrize("wrong", [
     lambda state: state["state"][0].update({key: torch.zeros(7) for key in state["state"][0] if key != "step"}),
     lambda state: state["state"].update({5: state["state"][0]}), lambda state: state["state"].update({"0": {}}),
@@ -160,7 +160,7 @@ ODD = {
     "history with a NaN loss": lambda state: state["history"][0]["loss"].update(DS=math.nan),
     "gradients of another number": lambda state: state.update(gradients=torch.zeros(2, dtype=torch.float64)),
     "gradients of NaN": lambda state: state["gradients"].fill_(math.nan),
-    "history with gradients of another term": lambda state: state["history"][0].update(gradients={"DS": 1.0}),
+    "history with gradients of another term": lambda state: state["history"][0].update(gradients={"CSD": 1.0}),
     "history with a NaN gradient": lambda state: state["history"][0].update(gradients={"DS": 1.0, "GAN": math.nan}),
     "history with images of another set": lambda state: state["history"][0].update(images={"x": [("0", 1.0, 1.0)]}),
     "history with images without SSIM": lambda state: state["history"][0].update(images={"tiny": [("0", 1.0)]}),

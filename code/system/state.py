@@ -2,8 +2,8 @@
 import torch
 
 ADAM = {"step", "exp_avg", "exp_avg_sq"}
-REQUIRED = {"Adam": ADAM, "AdamW": ADAM, "SGD": set(), "RMSprop": {"step", "square_avg"}}
-OPTIONAL = {"Adam": set(), "AdamW": set(), "SGD": {"momentum_buffer"}, "RMSprop": {"momentum_buffer"}}  # with a momentum
+REQUIRED = {"Adam": ADAM, "AdamW": ADAM, "Muon": ADAM, "SGD": set(), "RMSprop": {"step", "square_avg"}}
+OPTIONAL = {"SGD": {"momentum_buffer"}, "RMSprop": {"momentum_buffer"}}  # with a momentum
 
 
 def check_like(value: object, like: object, name: str) -> None:
@@ -42,14 +42,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         raise ValueError(f"the optimizer has moments of {lengths[0]} parameters, not {lengths[1]}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kind = type(optimizer).__name__
+    matrices = [k for group in own if group.get("matrix") for k in group["params"]]  # of Muon
     entries = {}
     for index, values in state["state"].items():
         if type(index) is not int or not 0 <= index < len(parameters):
             raise ValueError(f"the optimizer has an unknown entry {index!r}")
         name = f"optimizer entry {index}"
         values = {key: value for key, value in values.items() if value is not None}
+        required = {"exp_avg"} if index in matrices else REQUIRED[kind]
         like = {key: torch.zeros(()) if key == "step" else parameters[index].detach()
-                for key in REQUIRED[kind] | (OPTIONAL[kind] & values.keys())}
+                for key in required | (OPTIONAL.get(kind, set()) & values.keys())}
         check_like(values, like, name)
         if kind == "RMSprop":  # it needs the buffer if the resumed run has a momentum for the first time
             values.setdefault("momentum_buffer", torch.zeros_like(parameters[index]))
