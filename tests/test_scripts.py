@@ -74,7 +74,7 @@ def test_a_script_of_each_method_trains(checkout, run_main, tiny_data, tmp_path,
     status, out, _ = run_main("train", " ".join(ran.stdout.splitlines()[1:]))
     terms = option.parse(["--published", next(name for name in experiments() if experiments()[name].script == script)]).loss
     logged = next(text for text in out if text.startswith("[4/4] loss"))
-    assert status == 0 and set(re.findall(r"[A-Z_]+", logged)) == set(loss.parse(terms))
+    assert status == 0 and set(re.findall(r"[A-Z_]+", logged)) == set(*loss.parse(terms))
     assert float((tmp_path / "run" / "metrics.csv").read_text().splitlines()[-1].split(",")[4]) > 0  # PSNR
 
 
