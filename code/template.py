@@ -10,6 +10,10 @@ TEMPLATES = {
     "DUKD_RCAN": training_preset("DUKD/RCAN/x4"),   # the same at scale 2; at 3 with zoom_out and label consistency
     "DUKD_SwinIR": training_preset("DUKD/SwinIR/x4"),
     "MCADKD": training_preset("MCADKD/SwinIR/x2"),  # Ko et al., ICCVW 2025; for EDSR with another learning rate, no EMA
+    # the recipe of figure/README.md ("Methods"): cheap supervision by the teacher and a fast optimiser, for a teacher that
+    # runs in every iteration and for one whose outputs are cached
+    "best_running": dict(loss="1*DS+1*TS", optimizer="MUON", lr="3e-3", decay="cosine", warmup="50"),
+    "best": dict(loss="1*DS+1*TS", optimizer="MUON", lr="3e-3", decay="cosine", warmup="50", cache_teacher=True),
     # no distillation, but initialised with the teacher's weights: the baseline of students that are initialised so
     "inherit": dict(loss="1*DS", init_from_teacher="first"),
     # sizes of published networks, with their number of parameters at scale 2; the scale itself is --scale

@@ -18,7 +18,7 @@ source "$(dirname "$0")/env.sh"
 minutes=${MINUTES:-}
 name=compare_methods${minutes:+_${minutes}min}
 experiments=$root/experiment/$name
-all="scratch TS TS_cached FAKD CSD DUKD DCKD MCADKD best"
+all="scratch scratch_MUON TS TS_cached FAKD CSD DUKD DCKD MCADKD best"
 methods=${METHODS:-$all}
 seeds=${SEEDS:-1 2 3}
 epochs=5 # tests during the training, with MINUTES
@@ -33,6 +33,7 @@ weights_of() { # the file of a method's feature network
 flags_of() {
     case $1 in
         scratch) echo "--loss 1*DS" ;;
+        scratch_MUON) echo "--loss 1*DS --optimizer MUON" ;;
         inherit) echo "--template inherit" ;;
         TS) echo "--loss 1*DS+1*TS" ;;
         TS_cached) echo "--loss 1*DS+1*TS --cache_teacher" ;;

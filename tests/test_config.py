@@ -21,7 +21,8 @@ ALL_FLAGS = (  # one value that is no default, of each flag
     "--dcr_blur 0.2 --dcr_resize 0.3 --history_every 5-6 --nce_type patch --nce_mining all --nce_denominator standard "
     "--nce_patches 3 --nce_patch_size 32 --gan_type WGAN --gan_net unet --gan_k 2 --gan_lr 1e-3 --epochs 3 --test_every 4 "
     "--batch_size 8 --split_batch 2 --optimizer SGD --lr 3e-05 --decay cosine --lr_end 1e-7 --warmup 2 --gamma 0.1 "
-    "--momentum 0.5 --betas 0.5,0.9 --epsilon 1e-9 --weight_decay 1e-6 --gclip 3 --grad_norm 2 --ema 0.9 --print_every 7 --log_gradients 3 "
+    "--momentum 0.5 --betas 0.5,0.9 --epsilon 1e-9 --weight_decay 1e-6 --gclip 3 --grad_norm 2 --ema 0.9 --print_every 7 "
+    "--log_gradients 3 --gan_update before "
     "--ckp_dir x/y --save_every 2 --save_models --save_results --save_gt --ckp_path z.pt --TS T --chop --chop_mem 1 "
     "--self_ensemble --image i --point 3,4 --crop 32")
 NOT_WITH_LOSS = {"alpha", "feature_loss_used", "feature_distilation_type"}

@@ -94,7 +94,7 @@ def test_the_comparison_of_methods_passes_valid_flags(checkout):
         found[title] = args = option.parse(flags)
         assert loss.parse(args.loss) and (args.epochs, args.decay, args.ema, args.lr) == (3, "cosine", 0.999, 2e-4), title
         assert args.ckp_dir == "compare_methods/" + title.replace(", seed ", "_") and args.resume == "auto"
-    assert len(found) == 27
+    assert len(found) == 30
     assert found["TS_cached, seed 3"].cache_teacher and found["TS_cached, seed 3"].seed == 3
     assert [title for title, args in found.items() if args.feature_net == "random" and args.seed == 1] == [
         "CSD, seed 1", "DCKD, seed 1"]
@@ -103,7 +103,7 @@ def test_the_comparison_of_methods_passes_valid_flags(checkout):
     args = seed_statistics.parse(argv)
     assert entry == str(checkout / "code" / "seed_statistics.py")
     assert args.folder == checkout / "experiment" / "compare_methods"
-    assert len(args.methods) == 9 and args.seeds == ["1", "2", "3"] and args.random_features == ["CSD", "DCKD"]
+    assert len(args.methods) == 10 and args.seeds == ["1", "2", "3"] and args.random_features == ["CSD", "DCKD"]
 
 
 def test_the_comparison_takes_methods_and_seeds_from_the_environment(checkout):
