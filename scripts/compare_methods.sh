@@ -23,10 +23,11 @@ methods=${METHODS:-$all}
 seeds=${SEEDS:-1 2 3}
 epochs=5 # tests during the training, with MINUTES
 
-weights_of() { # the file of a method's feature network
+is_random() { # whether the file of a method's feature network is missing
     case $1 in
-        CSD) echo "$root/teacher_checkpoint/vgg19-dcbb9e9d.pth" ;;
-        DCKD) echo "$root/teacher_checkpoint/vqgan_f16_1024.ckpt" ;;
+        CSD) [ ! -e "$root/teacher_checkpoint/vgg19-dcbb9e9d.pth" ] ;;
+        DCKD) [ ! -e "$root/teacher_checkpoint/vqgan_f16_1024.ckpt" ] ;;
+        *) false ;;
     esac
 }
 
@@ -41,15 +42,32 @@ flags_of() {
         FAKD | DUKD | DCKD | MCADKD | best) echo "--template $1" ;;
         *) echo "error: METHODS: unknown method $1; the methods are $all inherit" >&2; return 2 ;;
     esac
-    local weights
-    weights=$(weights_of "$1")
-    [ -z "$weights" ] || [ -e "$weights" ] || echo "--feature_net random"
 }
 
+flags=() # those of the user, without --template, which is joined to the preset of a method
+teacher=RCAN
+template=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --template) template=${2-} && shift ;;
+        --template=*) template=${1#--template=} ;;
+        --teacher) teacher=${2-} && flags+=(--teacher "$teacher") && shift ;;
+        --teacher=*) teacher=${1#--teacher=} && flags+=("$1") ;;
+        *) flags+=("$1") ;;
+    esac
+    shift
+done
+
 train() { # method, folder, flags
-    local method=$1 folder=$2
+    local method=$1 folder=$2 of_method
     shift 2
-    python "$code/train.py" $(flags_of "$method") --lr 2e-4 --betas 0.9,0.99 --decay cosine --ema 0.999 "$@" \
+    of_method=$(flags_of "$method")
+    case $of_method in
+        "--template "*) of_method="$of_method${template:++$template}" ;;
+        *) of_method="$of_method${template:+ --template $template}" ;;
+    esac
+    if is_random "$method"; then of_method="$of_method --feature_net random"; fi
+    python "$code/train.py" $of_method --lr 2e-4 --betas 0.9,0.99 --decay cosine --ema 0.999 "${flags[@]}" "$@" \
         --resume auto --ckp_dir "$name/$folder"
 }
 
@@ -58,7 +76,7 @@ for method in $methods; do flags_of "$method" >/dev/null; done
 if [ -n "$minutes" ]; then
     for method in $methods; do
         echo "== $method, time of an iteration"
-        train "$method" "rate/$method" "$@" --seed 1 --epochs 4 --test_every 20
+        train "$method" "rate/$method" --warmup 0 --seed 1 --epochs 4 --test_every 20
     done
 fi
 for seed in $seeds; do
@@ -69,24 +87,16 @@ for seed in $seeds; do
             iterations=$(python "$code/seed_statistics.py" "$experiments/rate/$method" --iterations_in "$minutes")
             length=(--epochs "$epochs" --test_every $((iterations / epochs + 1)))
         fi
-        train "$method" "${method}_$seed" "$@" "${length[@]}" --seed "$seed"
+        train "$method" "${method}_$seed" "${length[@]}" --seed "$seed"
     done
 done
 
 echo "== the teacher and bicubic upscaling"
-flags=("$@")
-teacher=RCAN
-for index in "${!flags[@]}"; do
-    case "${flags[index]}" in
-        --teacher) teacher=${flags[index + 1]} ;;
-        --teacher=*) teacher=${flags[index]#--teacher=} ;;
-    esac
-done
-python "$code/compare.py" "$@" --ckp_path "teacher=$teacher" --ckp_dir "$name"
+python "$code/compare.py" "${flags[@]}" --ckp_path "teacher=$teacher" --ckp_dir "$name"
 
 echo "== PSNR and SSIM of the last epoch, mean ± standard deviation over seeds"
 random=
 for method in $methods; do
-    case "$(flags_of "$method")" in *"--feature_net random"*) random="$random $method" ;; esac
+    if is_random "$method"; then random="$random $method"; fi
 done
 python "$code/seed_statistics.py" "$experiments" --methods $methods --seeds $seeds --random_features $random

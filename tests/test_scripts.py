@@ -86,13 +86,15 @@ def comparison(checkout, *flags, **environment):
 
 
 def test_the_comparison_of_methods_passes_valid_flags(checkout):
-    _, parts = comparison(checkout, "--scale", "2", "--epochs", "3", "--teacher", "my_teacher.pt")
+    _, parts = comparison(checkout, "--scale", "2", "--epochs", "3", "--teacher", "my_teacher.pt", "--template",
+                          "Compact_S")
     *runs, (_, compare, *compare_flags), (_, entry, *argv) = parts
     found = {}
     for title, train, *flags in runs:
         assert train == str(checkout / "code" / "train.py")
         found[title] = args = option.parse(flags)
         assert loss.parse(args.loss) and (args.epochs, args.decay, args.ema, args.lr) == (3, "cosine", 0.999, 2e-4), title
+        assert (args.model, args.n_convs) == ("Compact", 4) and not args.width_mult, title
         assert args.ckp_dir == "compare_methods/" + title.replace(", seed ", "_") and args.resume == "auto"
     assert len(found) == 30
     assert found["TS_cached, seed 3"].cache_teacher and found["TS_cached, seed 3"].seed == 3
