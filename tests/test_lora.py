@@ -2,12 +2,16 @@
 import pytest
 import torch
 
+import option
 from checkpoint import save_model
 from model import describe, load_model
 from model.carn import CARN_M
 from model.edsr import EDSR
 from model.lora import LowRankAdapted, merged, merged_parameters
+from model.reparameterisation import Reparameterised
+from model.roles import make_networks
 from model.san import SAN
+from model.span import SPAN
 from model.swinir import SwinIR
 from system.errors import UserError
 from test_distributed import make_trainer
@@ -128,3 +132,14 @@ def test_mistakes_get_one_line(run_main, line, tmp_path, more, words):
 def test_a_network_without_convolutions_is_refused():
     with pytest.raises(UserError, match="at most 0 channels"):
         LowRankAdapted(torch.nn.Linear(2, 2), 1)
+
+
+def test_adapters_of_span_are_those_of_its_fused_convolutions(tmp_path):
+    save_model(SPAN(2, 8), tmp_path / "span.pt")
+    line = f"--pre_train {tmp_path / 'span.pt'} --model SPAN --n_feats 8 --scale 2 --loss 1*DS --lora_rank 2"
+    args = option.parse(line.split())
+    student, _ = make_networks(args, set())
+    x = 255 * torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(student.eval()(x), load_model(tmp_path / "span.pt")(x), rtol=1e-4, atol=0.05)
+    assert not any(isinstance(module, Reparameterised) for module in student.modules())

@@ -38,7 +38,7 @@ def make_networks(args: Namespace, needs: Set[str]) -> tuple[Network | Slice | L
     if args.init_from_teacher:
         inherit(student, teachers[0], args.init_from_teacher)
     if args.lora_rank:
-        student = LowRankAdapted(student, args.lora_rank)
+        student = LowRankAdapted(fuse(student), args.lora_rank)  # DSCLoRA adapts the fused convolutions of SPAN
         log.info("--lora_rank %d: adapters of %d convolutions are trained, with %s parameters", args.lora_rank,
                  len(student.names), f"{sum(x.numel() for x in student.adapters.parameters()):,}")
     return student, [fuse(teacher) for teacher in teachers] if needs_teacher else []
