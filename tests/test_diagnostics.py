@@ -40,7 +40,7 @@ def squares(loss, *views):
 
 def test_a_norm_is_that_of_the_weighted_gradient_at_the_outputs_of_all_views():
     """L1 between N numbers has a gradient of +-1/N at each, and thus the norm 1/sqrt(N)."""
-    loss = Loss({"DS": TERMS["DS"](), "TS": TERMS["TS"]()}, {"DS": 0.5, "TS": 3.0})
+    loss = Loss({"DS": TERMS["DS"](), "TS": TERMS["TS"]()}, [(math.inf, {"DS": 0.5, "TS": 3.0})])
     views = [LossInputs(torch.zeros(1), hr, Output(images(2, 3, side, side)), Output(torch.zeros(2, 3, side, side)),
                         view=view, weight=weight)
              for view, weight, side, hr in (("original", 1, 8, torch.zeros(2, 3, 8, 8)), ("zoom_in", 0.25, 4, None))]
@@ -52,7 +52,8 @@ def test_the_norm_of_a_feature_term_is_that_at_the_feature_maps():
     first = images(2, 4, 6, 6)
     student = Output(images(2, 3, 12, 12), [images(1), first, 2 * first, images(1)])
     target = Output(torch.rand(2, 3, 12, 12), [torch.rand(x.shape) for x in student.features])
-    loss = Loss({"fitnet": TERMS["fitnet"](features=(1, 2), student_feats=4, teacher_feats=(4,))}, {"fitnet": 7.0})
+    fitnet = TERMS["fitnet"](features=(1, 2), student_feats=4, teacher_feats=(4,))
+    loss = Loss({"fitnet": fitnet}, [(math.inf, {"fitnet": 7.0})])
     found = squares(loss, LossInputs(torch.zeros(1), torch.zeros(1), student, target))
     assert found == pytest.approx([2 * 7**2 / first.numel()], rel=1e-5)
 
@@ -64,7 +65,7 @@ def test_terms_of_the_teacher_have_the_norm_at_its_output():
 
 def test_a_term_without_a_gradient_has_the_norm_0():
     inputs = LossInputs(torch.zeros(1), torch.zeros(2), Output(images(2)), teacher_sr_with_grad=images(2))
-    loss = Loss({"DS": TERMS["DS"](), "T_DS": TERMS["T_DS"](iterations=0)}, {"DS": 1.0, "T_DS": 1.0})
+    loss = Loss({"DS": TERMS["DS"](), "T_DS": TERMS["T_DS"](iterations=0)}, [(math.inf, {"DS": 1.0, "T_DS": 1.0})])
     assert squares(loss, inputs) == pytest.approx([1 / 2, 0])
 
 
@@ -72,7 +73,7 @@ def test_a_term_without_a_gradient_has_the_norm_0():
 def test_gradients_of_float16_feature_maps_neither_vanish_nor_overflow(weight):
     maps = torch.rand(4, 64, 48, 48).half().requires_grad_()
     student, target = (Output(images(4, 3, 96, 96), [x] * 4) for x in (maps, torch.rand(maps.shape)))
-    loss = Loss({"fitnet": TERMS["fitnet"](features=(3,), student_feats=64)}, {"fitnet": weight})
+    loss = Loss({"fitnet": TERMS["fitnet"](features=(3,), student_feats=64)}, [(math.inf, {"fitnet": weight})])
     inputs = LossInputs(torch.zeros(1), torch.zeros(1), student, target)
     assert squares(loss, inputs)[0] * maps.numel() / weight**2 == pytest.approx(1, rel=1e-2)
 
