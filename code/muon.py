@@ -24,18 +24,26 @@ class Muon(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
-        """Update the parameters; the gradients of matrices are None afterwards."""
+        """Update the parameters."""
+        gradients = {}
         for group in self.param_groups:
             for parameter in group["params"] if group["matrix"] else ():
                 if parameter.grad is None:
                     continue
-                average = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
+                state = self.state[parameter]
+                if not state:  # Adam.load_state_dict reads the step of the first entry, so that every entry has one
+                    state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter))
+                state["step"] += 1
+                average = state["exp_avg"]
                 average.lerp_(parameter.grad, 1 - MOMENTUM)
                 update = orthogonalise(parameter.grad.lerp(average, MOMENTUM).flatten(1))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.view(parameter.shape), alpha=-0.2 * max(update.shape)**0.5 * group["lr"])
-                parameter.grad = None  # Adam leaves out parameters without gradient
+                # Adam leaves out parameters without a gradient
+                gradients[parameter], parameter.grad = parameter.grad, None
         super().step(closure)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 import option
 from muon import MOMENTUM, Muon, orthogonalise
 from schedule import make_optimizer
+from system.state import load_optimizer
 
 
 @pytest.mark.parametrize("shape", [(12, 108), (108, 12), (24, 24), (1, 9)])
@@ -56,3 +57,20 @@ def test_parameters_of_one_dimension_are_updated_by_adam_and_decay_is_decoupled(
     kernel, bias = trained("MUON")
     assert torch.allclose(bias, trained("ADAMW")[1])
     assert torch.allclose(kernel, torch.full((4, 3), 0.95**3))  # without a gradient the decay alone acts
+
+
+def test_a_loaded_state_continues_the_same_updates():
+    def after(interrupted):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(4, 3, 3, 3)), torch.nn.Parameter(torch.randn(4))]
+        optimizer = make_optimizer(option.parse(["--optimizer", "MUON"]), parameters)
+        for step in range(4):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+            if interrupted and step == 1:
+                state = optimizer.state_dict()
+                optimizer = make_optimizer(option.parse(["--optimizer", "MUON"]), parameters)
+                load_optimizer(optimizer, state)
+        return parameters
+    assert all(torch.equal(a, b) for a, b in zip(after(True), after(False)))

@@ -27,7 +27,7 @@ def contents(folder):
 # ---- flags of the optimiser
 
 @pytest.mark.parametrize("optimizer, changed", [
-    ("ADAMW", "--weight_decay 0.1"), ("ADAMW", "--betas 0.5,0.6"),
+    ("ADAMW", "--weight_decay 0.1"), ("ADAMW", "--betas 0.5,0.6"), ("MUON", "--weight_decay 0.1"),
     ("ADAM", "--weight_decay 0.1"), ("ADAM", "--betas 0.5,0.6"), ("ADAM", "--epsilon 0.1"),
     ("SGD", "--momentum 0"), ("SGD", "--weight_decay 0.1"), ("RMSprop", "--epsilon 0.1"), ("RMSprop", "--momentum 0"),
     ("RMSprop", "--weight_decay 0.1")])

@@ -49,7 +49,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
             raise ValueError(f"the optimizer has an unknown entry {index!r}")
         name = f"optimizer entry {index}"
         values = {key: value for key, value in values.items() if value is not None}
-        required = {"exp_avg"} if index in matrices else REQUIRED[kind]
+        required = {"step", "exp_avg"} if index in matrices else REQUIRED[kind]
         like = {key: torch.zeros(()) if key == "step" else parameters[index].detach()
                 for key in required | (OPTIONAL.get(kind, set()) & values.keys())}
         check_like(values, like, name)
