@@ -9,9 +9,9 @@ common=(--scale 2 --data_train Sample --data_test Sample --patch_size 64 --batch
     --n_threads 1 --seed 1 --reset "$@")
 
 echo "== student from scratch, ADAM"
-python "$code/train.py" --template best+Compact_S --loss "1*DS" --optimizer ADAM "${common[@]}" --ckp_dir quickstart/scratch
+python "$code/train.py" --template best_running+Compact_S --loss "1*DS" --optimizer ADAM "${common[@]}" --ckp_dir quickstart/scratch
 echo "== student from scratch, MUON"
-python "$code/train.py" --template best+Compact_S --loss "1*DS" "${common[@]}" --ckp_dir quickstart/scratch_MUON
+python "$code/train.py" --template best_running+Compact_S --loss "1*DS" "${common[@]}" --ckp_dir quickstart/scratch_MUON
 echo "== student distilled from the teacher"
 python "$code/train.py" --template best+Compact_S --teacher RCAN "${common[@]}" --ckp_dir quickstart/distilled
 
