@@ -287,9 +287,8 @@ def check_history(history: object, terms: Iterable[str], iteration: int) -> None
         numbers = [row["lr"], row.get("seconds", 0.0), *losses.values(), *gradients.values(),
                    *(value for pair in scores for value in pair)]
         counted = row["epoch"] == epoch and type(row["iteration"]) is int and last < row["iteration"] <= iteration
-        # the terms of other stages are not in a row
-        named = (row["loss"] and all(list(row[key]) == [name for name in terms if name in row[key]]
-                                     for key in ("loss", "gradients") if key in row)
+        named = (row["loss"] and all(list(found) == [name for name in terms if name in found]  # others are of other stages
+                                     for found in (row["loss"], gradients))
                  and images.keys() <= row["scores"].keys() and all(name == Path(name).name for name in row["scores"])
                  and all(type(name) is str for per_image in images.values() for name, *_ in per_image))
         if not counted or not named or any(len(pair) != 2 for pair in scores):

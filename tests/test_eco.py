@@ -77,7 +77,8 @@ def test_views_are_made_of_the_original_images():
     for more in ("", "--eco"):
         trainer = make_trainer(f"--loss 1*DS+1*TS --upcycle zoom_in+zoom_out --test_every 10 {more}")
         steps, forward = [], trainer.loss.forward
-        trainer.loss.forward = lambda *inputs, steps=steps, forward=forward: steps.extend(inputs) or forward(*inputs)
+        trainer.loss.forward = lambda *inputs, steps=steps, forward=forward, **options: steps.extend(inputs) or forward(
+            *inputs, **options)
         trainer.distiller(*batch())
         views.append(steps)
     assert [view.view for view in views[1]] == ["original", "zoom_in", "zoom_out"]

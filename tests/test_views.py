@@ -190,7 +190,7 @@ def test_views_are_made_in_every_kth_iteration_with_k_times_their_weight():
     for more in ("--upcycle_every 3", ""):
         trainer = make_trainer(line + more)
         forward = trainer.loss.forward
-        trainer.loss.forward = lambda *inputs, forward=forward: seen.append(inputs) or forward(*inputs)
+        trainer.loss.forward = lambda *inputs, forward=forward, **options: seen.append(inputs) or forward(*inputs, **options)
         lr, hr = (torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8) for side in (16, 32))
         for trainer.iteration in range(7):
             trainer.step(lr, hr)

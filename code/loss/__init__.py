@@ -56,18 +56,18 @@ def build_loss(string: str, context: Context) -> "Loss":
 class Loss(nn.Module):
     """Weighted sum of terms over the views of a batch.
 
-    stages: pairs of the iteration before which a stage ends and the weights of its terms, which alone are computed and
-    updated in the stage.
+    weights: those of the terms; or for several stages of the training a list of pairs, the iteration before which a stage
+    ends and the weights of its terms, which alone are computed and updated in the stage.
 
     On views other than the original batch (data/views.py) the terms are those of `view_terms`, or, if that is empty, all
     that compare no feature maps. Terms that train the teacher are not computed on them, nor are terms that need ground truth
     on a view without it.
     """
 
-    def __init__(self, terms: dict[str, Term], stages: Sequence[tuple[float, dict[str, float]]],
+    def __init__(self, terms: dict[str, Term], weights: dict[str, float] | Sequence[tuple[float, dict[str, float]]],
                  view_terms: list[str] = ()):
         super().__init__()
-        self.stages, self.view_terms = stages, view_terms
+        self.stages, self.view_terms = [(math.inf, weights)] if isinstance(weights, dict) else weights, view_terms
         self.names = list(terms)
         self.terms = nn.ModuleDict(terms)
 
