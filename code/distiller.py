@@ -123,7 +123,7 @@ class Distiller(nn.Module):
 
         cached: the teacher's output, if it is cached.
         """
-        output = cached or self.run(teacher, view.lr, features=False)
+        output = cached or self.run(teacher, view.lr, False, self.teacher_precision)
         view.lr, view.hr = eco.mix(view.lr, view.hr, output.sr, weight, self.student.scale, self.rgb_range)
 
     def teacher_outputs(self, teacher: nn.Module, inputs: list[torch.Tensor], features: list[bool],

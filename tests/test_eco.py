@@ -39,17 +39,17 @@ def test_mixtures_are_those_of_8_bit_images(rgb_range):
             assert np.abs(found.numpy() - expected).max() < 1e-4 * rgb_range / 255
 
 
-@pytest.mark.parametrize("more", ["", "--split_batch 2", "--rgb_range 1", "--precision bf16"])
+@pytest.mark.parametrize("more", ["", "--split_batch 2", "--rgb_range 1", "--precision bf16", "--teacher_precision bf16"])
 def test_student_and_loss_are_given_the_mixtures(more, monkeypatch):
     trainer = make_trainer(LINE + more)
     lr, hr = batch()
     seen = []
     monkeypatch.setattr(trainer.loss, "update", seen.append)
     student, inputs = trainer.distiller.run, []
-    monkeypatch.setattr(trainer.distiller, "run", lambda net, x, features: inputs.append((net, x)) or student(
-        net, x, features))
+    monkeypatch.setattr(trainer.distiller, "run", lambda net, x, *options, **others: inputs.append((net, x)) or student(
+        net, x, *options, **others))
     own = [trainer.distiller.to_input(x) for x in (lr, hr)]
-    output = student(trainer.distiller.teachers[0], own[0], features=False).sr.detach()
+    output = student(trainer.distiller.teachers[0], own[0], False, trainer.distiller.teacher_precision).sr.detach()
     for trainer.iteration in (0, 5, 9):
         inputs.clear()
         trainer.step(lr, hr)

@@ -67,8 +67,8 @@ def test_each_iteration_computes_the_terms_of_its_stage_and_no_others(monkeypatc
     assert own.loss.names == ["DS", "TS", "SA"]
     runs = []
     run = own.distiller.run
-    monkeypatch.setattr(own.distiller, "run", lambda net, lr, features: runs.append(
-        ("student" if net is own.student else "teacher", features)) or run(net, lr, features))
+    monkeypatch.setattr(own.distiller, "run", lambda net, lr, features, **precision: runs.append(
+        ("student" if net is own.student else "teacher", features)) or run(net, lr, features, **precision))
     lr, hr = batch()
     values = []
     for own.iteration in range(10):
@@ -95,7 +95,8 @@ def test_views_without_terms_in_a_stage_are_not_computed(monkeypatch):
     own = make_trainer("--loss 1*DS+1*TS@0-50%,1*DS@50-100% --test_every 2 --upcycle zoom_in")
     sizes = []
     run = own.distiller.run
-    monkeypatch.setattr(own.distiller, "run", lambda net, lr, features: sizes.append(len(lr)) or run(net, lr, features))
+    monkeypatch.setattr(own.distiller, "run", lambda net, lr, features, **precision: sizes.append(len(lr)) or run(
+        net, lr, features, **precision))
     for own.iteration in range(2):
         own.step(*batch())
     assert sizes == [8, 8, 4]
