@@ -388,13 +388,13 @@ def test_a_state_without_the_discriminator_is_refused():
 
 
 def assert_same(first, second):
-    """Equal to the bit, through dicts and lists."""
+    """Equal to the bit, through dicts and lists, but for the time of the training."""
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second)
     elif isinstance(first, dict):
         assert first.keys() == second.keys()
-        for key, value in first.items():
-            assert_same(value, second[key])
+        for key in first.keys() - {"seconds"}:
+            assert_same(first[key], second[key])
     elif isinstance(first, (list, tuple)):
         assert len(first) == len(second)
         for pair in zip(first, second):
