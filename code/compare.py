@@ -1,4 +1,4 @@
-"""Compare several checkpoints and bicubic upscaling in a table, compare.csv and compare.png. Run from this folder.
+"""Compare several checkpoints and bicubic upscaling: compare.csv, compare.png, compare_speed.png. Run from this folder.
 
 python compare.py --ckp_path scratch=A.pt+distilled=B.pt+teacher=RCAN --data_test Sample --ckp_dir quickstart
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sr")
 CROP = 96  # HR pixels a side
-COLUMNS = "network", "dataset", "psnr", "ssim", "parameters", "ms_per_image"
+COLUMNS = "network", "dataset", "psnr", "ssim", "parameters", "ms_per_image", "ms_per_megapixel"
 
 
 def main() -> int:
@@ -54,17 +54,18 @@ def main() -> int:
                 raise UserError(f"{images.name} has no HR images to compare with")
             parameters = sum(p.numel() for p in nets[label].parameters()) if label in nets else 0
             rows.append((label, f"{images.name} x{args.scale}", f"{score.psnr:.3f}", f"{score.ssim:.4f}", f"{parameters}",
-                         f"{1000 * score.seconds:.1f}"))
+                         f"{1000 * score.seconds:.1f}", f"{1000 * score.seconds / megapixels(images):.1f}"))
     longest = max(12, *map(len, methods))
     for row in (COLUMNS, *rows):
         log.info("".join(f"{cell:<{width}}" if k < 2 else f"{cell:>{width}}"
-                         for k, (cell, width) in enumerate(zip(row, (longest + 2, 16, 9, 9, 13, 15)))))
+                         for k, (cell, width) in enumerate(zip(row, (longest + 2, 16, 9, 9, 13, 15, 18)))))
 
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows((COLUMNS, *rows))
     atomic_write(folder / "compare.csv", text.getvalue().encode())
     atomic_write(folder / "compare.png", picture(benchmarks[0], methods))
-    log.info("table and picture: %s and compare.png", os.path.relpath(folder / "compare.csv"))
+    atomic_write(folder / "compare_speed.png", draw_speed([row for row in rows if row[0] != "bicubic"]))
+    log.info("table and pictures: %s, compare.png and compare_speed.png", os.path.relpath(folder / "compare.csv"))
     return 0
 
 
@@ -114,6 +115,43 @@ def picture(images: "Images", methods: dict[str, Callable], most: int = 4) -> by
             axis.imshow(crop, interpolation="nearest")
             axis.set_title(title, fontsize=8)
             axis.axis("off")
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def megapixels(images: "Images") -> float:
+    """Return the mean number of HR pixels of the images, in millions."""
+    return np.mean([images.hr(index)[..., 0].size for index in range(len(images))]) / 1e6
+
+
+def draw_speed(rows: list[tuple[str, ...]]) -> bytes:
+    """Draw PSNR against milliseconds per megapixel of output, and return a PNG file.
+
+    rows: of the table. Each data set has a panel. A label may end in /GROUP, such as Compact_S/best: the networks of a group
+    are joined by a line.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    panels = {}
+    for label, dataset, psnr, *_, milliseconds in rows:
+        group, _, name = label.rpartition("/")
+        points = panels.setdefault(dataset, {}).setdefault(name if group else label, [])
+        points.append((float(milliseconds), float(psnr), label))
+    figure = Figure(figsize=(5.5 * len(panels), 4), dpi=110, layout="constrained")
+    for axis, (dataset, groups) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for points in groups.values():
+            points.sort()
+            axis.plot([point[0] for point in points], [point[1] for point in points], marker="o")
+            for x, y, label in points:
+                axis.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize="x-small")
+        axis.set_xscale("log")
+        axis.margins(0.15)
+        axis.set_xlabel("milliseconds per megapixel of output")
+        axis.set_ylabel("PSNR (dB)")
+        axis.set_title(dataset, fontsize="medium")
+        axis.grid(alpha=0.3, which="both")
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

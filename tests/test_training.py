@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from checkpoint import save_model
 from conftest import ROOT
+from data.image import read_photo
 from model import load_model
 from model.edsr import EDSR
 from model.rcan import RCAN
@@ -318,12 +320,17 @@ def test_demo_upscales_images_without_a_truth(run_main, tmp_path, tiny_data):
     assert status == 0 and len(list((tmp_path / "out" / "results-Demo").glob("*_x2_SR.png"))) == 4
 
 
-def test_comparing_makes_a_table_and_a_picture(run_main, tmp_path, tiny_data):
+def test_comparing_makes_a_table_and_pictures(run_main, tmp_path, tiny_data):
     save_model(RCAN(2, **SIZES), tmp_path / "net.pt")
     status, _, _ = run_main("compare", f"--ckp_path mine={tmp_path / 'net.pt'} --dir_data {tiny_data} --data_test tiny "
                             f"--cpu --ckp_dir {tmp_path / 'out'}")
     assert status == 0 and [row["network"] for row in rows(tmp_path / "out" / "compare.csv")] == ["bicubic", "mine"]
-    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("compare.png", "compare_speed.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    bicubic, mine = rows(tmp_path / "out" / "compare.csv")
+    pixels = [image.size / 3 for image in map(read_photo, (tiny_data / "tiny" / "HR").iterdir())]
+    assert all(float(row["ms_per_megapixel"]) == pytest.approx(float(row["ms_per_image"]) * 1e6 / np.mean(pixels), rel=0.1)
+               for row in (bicubic, mine))
 
 
 def test_a_mistake_on_the_real_command_line_shows_no_traceback():
