@@ -198,6 +198,7 @@ def draw_times(runs: Sequence[Run], ends: dict[str, tuple[float, float]]) -> byt
             minutes, psnrs = np.mean([run.seconds for run in found]) / 60, [run.psnr for run in found]
             axis.errorbar(minutes, np.mean(psnrs), deviation(psnrs), fmt="o", capsize=3, color=f"C{number}")
             axis.annotate(method, (minutes, np.mean(psnrs)), xytext=(6, 4), textcoords="offset points", fontsize="small")
+        axis.set_xscale("log")  # methods differ by more than ten times
         axis.margins(x=0.2)
         axis.set_xlabel("training time (min)")
         axis.set_ylabel("PSNR (dB)")
