@@ -11,6 +11,7 @@ from typing import NoReturn
 import config
 import published
 from option_types import (
+    PAPER_SIZE,
     decay_factor,
     expanded,
     fraction,
@@ -25,9 +26,11 @@ from option_types import (
     parse_names,
     parse_numbers,
     parse_once,
+    parse_output_size,
     parse_point,
     parse_rdn_config,
     parse_scales,
+    parse_seconds,
     parse_stages,
     parse_steps,
     parse_view_names,
@@ -85,12 +88,12 @@ def make_parser() -> Parser:
     parser = Parser(usage="%(prog)s [@FILE] [--FLAG VALUE ...]", allow_abbrev=False, formatter_class=Help,
                     description="Knowledge distillation for super-resolution. train.py trains a student network, test.py "
                                 "computes PSNR and SSIM or upscales images, compare.py compares networks, visualize.py "
-                                "draws errors and feature affinities, summary.py counts parameters and FLOPs. All accept "
-                                "the flags below. @FILE reads flags from a file, one per line, such as the config.txt of a "
-                                "run.")
+                                "draws errors and feature affinities, summary.py counts parameters and FLOPs and measures "
+                                "time. All accept the flags below. @FILE reads flags from a file, one per line, such as the "
+                                "config.txt of a run.")
     for add_flags in (_add_device_flags, _add_data_flags, _add_network_flags, _add_loss_flags, _add_view_flags,
                       _add_term_flags, _add_training_flags, _add_experiment_flags, _add_testing_flags,
-                      _add_visualization_flags):
+                      _add_visualization_flags, _add_summary_flags):
         add_flags(parser)
     return parser
 
@@ -375,6 +378,18 @@ def _add_visualization_flags(parser):
     group.add_argument("--crop", type=size, help="side in HR pixels of the crop around that pixel (default: 96)")
 
 
+def _add_summary_flags(parser):
+    group = parser.add_argument_group("summary.py")
+    group.add_argument("--output_size", type=parse_output_size, default=str(PAPER_SIZE), metavar="WIDTHxHEIGHT",
+                       help="size in pixels of the SR image for which costs are computed and measured")
+    group.add_argument("--time", action="store_true",
+                       help="measure the time and the peak memory of a forward pass on this machine, with --precision, "
+                            "--chop and --self_ensemble as in a test")
+    group.add_argument("--budget", type=parse_seconds, metavar="TIME",
+                       help="measure the presets of networks at --scale, and list those whose forward pass takes at most "
+                            "this time on this machine, such as 20ms or 0.5s, those with more FLOPs first")
+
+
 def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.Namespace:
     """Parse the flags of a command line, by default sys.argv; exits with one line and status 2 on a mistake.
 
@@ -522,6 +537,10 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
                      f"{args.split_batch}")
     if args.chop_mem and not args.chop:
         parser.error("--chop_mem is the memory limit of --chop, which is not given: give both")
+    networks = [f"--{name}" for name in sorted(args.given & (SIZES | {"ckp_path", "published", "template", "width_mult"}))]
+    if args.budget and networks:
+        parser.error(f"--budget lists presets of networks, and cannot be combined with {', '.join(networks)}; --time "
+                     "measures a given network")
     experiments = str(ROOT / "experiment")
     folder, cache = os.path.normpath(os.path.join(experiments, args.ckp_dir)), os.path.join(experiments, "cache")
     if folder == experiments or f"{folder}/".startswith(f"{cache}/"):

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from system.errors import UserError
 
@@ -188,6 +189,42 @@ def parse_point(string: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{string[:40]!r} is not a position X,Y such as 120,64")
     return int(match[1]), int(match[2])
+
+
+class OutputSize(NamedTuple):
+    """Width and height of an image in pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self):
+        return f"{self.width}x{self.height}"
+
+
+PAPER_SIZE = OutputSize(1280, 720)  # for which papers count FLOPs
+
+
+def parse_output_size(string: str) -> OutputSize:
+    """Parse '1280x720', width x height in pixels."""
+    words = string.replace(" ", "").split("x")
+    if len(words) != 2:
+        raise argparse.ArgumentTypeError(f"{string[:40]!r} is not a size WIDTHxHEIGHT such as {PAPER_SIZE}")
+    return OutputSize(*map(size, words))
+
+
+class Seconds(float):
+    """Time of --budget."""
+
+    def __str__(self):
+        return f"{float(self):.9g}s" if self >= 1 else f"{1000 * self:.9g}ms"
+
+
+def parse_seconds(string: str) -> Seconds:
+    """Parse '20ms' or '0.5s' as seconds."""
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?) ?(ms|s)", string)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{string[:40]!r} is not a time in ms or s, such as 20ms or 0.5s")
+    return Seconds(float(match[1]) / (1000 if match[2] == "ms" else 1))
 
 
 def parse_rdn_config(string: str) -> str:
