@@ -202,8 +202,8 @@ def layer_counter() -> "TorchFunctionMode":
 def measure(net: "Network | Slice", device: "torch.device", args: Namespace, budget: float = math.inf) -> Measurement | None:
     """Measure forward passes as in a test; return None where the memory is too small.
 
-    budget: seconds. Where already a smaller image takes longer than that, None is returned without the passes on the larger
-    ones.
+    budget: seconds. None is also returned where the time, extrapolated linearly in the pixels from two smaller images (so
+    that what does not depend on them, such as the start of GPU kernels, counts once), exceeds twice the budget.
     """
     import torch  # noqa: PLC0415
 
@@ -212,9 +212,13 @@ def measure(net: "Network | Slice", device: "torch.device", args: Namespace, bud
 
     net.eval().to(device, memory_format=torch.channels_last)
     try:
-        for divisor in (16, 8, 4, 2, 1) if budget < math.inf else ():
+        estimate = previous = 0.0  # seconds
+        for divisor in (16, 8) if budget < math.inf else ():
             run = forward_pass(net, device, args, divisor)
-            if all(run_time(run, device) > budget for _ in range(2)):  # twice, since the first pass may be a slow one
+            seconds = min(run_time(run, device) for _ in range(2))  # the first pass may be a slow one
+            estimate = seconds + (divisor**2 - 1) * 4 / 3 * max(0, seconds - previous) if previous else seconds
+            previous = seconds
+            if estimate > 2 * budget:
                 return None
         run = forward_pass(net, device, args)
         start = time.perf_counter()

@@ -149,12 +149,15 @@ def test_a_slow_network_runs_once(monkeypatch):
 
 
 def test_a_network_beyond_the_budget_is_not_run_on_the_whole_image(monkeypatch):
-    monkeypatch.setattr(flops, "run_time", lambda run, device: run().numel() / (3 * 320 * 160))  # seconds
+    monkeypatch.setattr(flops, "run_time", lambda run, device: 0.1 + run().numel() / (3 * 320 * 160))  # seconds
     monkeypatch.setattr(memory_budget, "PROBE_SIZE", 1000)
     net, sizes = EDSR(2, 1, 8), []
     net.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[3]))
-    assert measurement("--output_size 320x160", net, budget=0.2) is None
-    assert sizes == [10, 20, 40, 40 * 2, 40 * 2]  # a quarter of the pixels takes 0.25 s
+    assert measurement("--output_size 320x160", net, budget=0.54) is None  # it takes 1.1 s
+    assert sizes == [10, 10, 20, 20]
+    assert measurement("--output_size 320x160", net, budget=0.56) and set(sizes) == {10, 20, 160}
+    sizes.clear()
+    assert measurement("--output_size 320x160", net, budget=0.05) is None and sizes == [10, 10]
 
 
 def test_a_network_that_needs_too_much_memory_is_not_run(run_main, monkeypatch):
