@@ -72,9 +72,7 @@ def main() -> int:
             log.info(line(row))
             rows.append(row)
             notes += more
-    share = (time.process_time() - cpu_start) / (time.perf_counter() - start)
-    if device.type == "cpu" and share < MIN_CPU_SHARE:
-        notes.append(f"busy machine: this process had {share:.0%} of one core; long runs were slowed down more")
+    notes += busy_note(device, start, cpu_start)
     kinds = ["float32", "bf16"] + ["TF32"] * (device.type == "cuda")
     notes.append("peak TFLOP/s: " + ", ".join(f"{peak_flops(kind, device) / 1e12:.3g} in {kind}" for kind in kinds))
     log.info("\n".join(notes))
@@ -111,6 +109,14 @@ def line(row: dict[str, str]) -> str:
     """Format a row of the table: text to the left, numbers to the right."""
     cells = ((row[name], WIDTHS.get(name, len(name)), "<" if name in ("comparison", "setting") else ">") for name in COLUMNS)
     return "  ".join(f"{cell:{align}{width}}" for cell, width, align in cells)
+
+
+def busy_note(device: "torch.device", start: float, cpu_start: float) -> list[str]:
+    """Return a note if other processes have slowed down this one on the CPU since start (wall time) and cpu_start."""
+    share = (time.process_time() - cpu_start) / (time.perf_counter() - start)
+    if device.type != "cpu" or share >= MIN_CPU_SHARE:
+        return []
+    return [f"busy machine: this process had {share:.0%} of one core; long runs were slowed down more"]
 
 
 def describe(device: "torch.device") -> str:

@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+import benchmark
 import option
 from option_types import PAPER_SIZE, OutputSize, parse_labelled
 from system.errors import UserError
@@ -64,8 +65,7 @@ class Measurement(NamedTuple):
 def main() -> int:
     """Print the table, and return the exit status; raises UserError."""
     args = option.parse(training=False)
-    from benchmark import describe as describe_device  # noqa: PLC0415 - after the flags: --help should not wait for torch
-    from system.device import pick_device  # noqa: PLC0415
+    from system.device import pick_device  # noqa: PLC0415 - after the flags: --help should not wait for torch
     from system.logger import start_logging  # noqa: PLC0415
 
     start_logging()
@@ -73,17 +73,21 @@ def main() -> int:
     if args.time or args.budget:
         device = pick_device(args)
         rows = [COLUMNS + MEASURED_COLUMNS]
-        notes.append(MEASURED_NOTES.format(args.precision, describe_device(device)))
+        notes.append(MEASURED_NOTES.format(args.precision, benchmark.describe(device)))
+    start, cpu_start = time.perf_counter(), time.process_time()
     if args.budget:
         rows += within_budget(args, device)
         notes.append(BUDGET_NOTES.format(args.scale, args.budget))
         if len(rows) == 1:
-            log.info("no preset at x%d upscales to %s in %s on this machine", args.scale, args.output_size, args.budget)
+            line = f"no preset at x{args.scale} upscales to {args.output_size} in {args.budget} on this machine"
+            log.info("\n".join([line, *benchmark.busy_note(device, start, cpu_start)]))
             return 0
     else:
         for label, net in load(args):
             row = describe(label, net, count(net, args.output_size))
             rows.append(row + describe_measurement(measure(net, device, args)) if args.time else row)
+    if args.time or args.budget:
+        notes += benchmark.busy_note(device, start, cpu_start)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         log.info("  ".join(f"{cell:<{width}}" if k < 2 else f"{cell:>{width}}"

@@ -187,11 +187,11 @@ def test_a_budget_lists_the_presets_within_it_the_largest_first(run_main, monkey
     status, out, _ = run_main("summary", "--budget 20ms --scale 2 --output_size 96x64")
     rows = [line for line in out if " x2 " in line and "Presets" not in line]
     assert status == 0 and [row.split("  ")[0] for row in rows] == ["large", "multi", "small, again"]
-    assert rows[0].split()[-2:] == ["19.0", "5"] and "20ms" in out[-2]
+    assert rows[0].split()[-2:] == ["19.0", "5"] and any("at most 20ms" in line for line in out)
     _, out, _ = run_main("summary", "--budget 20ms --scale 4 --output_size 96x64")
     assert len([line for line in out if " x4 " in line and "Presets" not in line]) == 2
     status, out, _ = run_main("summary", "--budget 0.5ms --scale 4 --output_size 96x64")
-    assert status == 0 and out[-1] == "no preset at x4 upscales to 96x64 in 0.5ms on this machine"
+    assert status == 0 and "no preset at x4 upscales to 96x64 in 0.5ms on this machine" in out
 
 
 def test_presets_without_the_scale_are_left_out(monkeypatch):
