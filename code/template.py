@@ -12,8 +12,8 @@ TEMPLATES = {
     "MCADKD": training_preset("MCADKD/SwinIR/x2"),  # Ko et al., ICCVW 2025; for EDSR with another learning rate, no EMA
     # the recipe of figure/README.md ("Methods"): cheap supervision by the teacher and a fast optimiser, for a teacher that
     # runs in every iteration and for one whose outputs are cached
-    "best_running": dict(loss="1*DS+1*TS", optimizer="MUON", lr="3e-3", decay="cosine", warmup="50"),
-    "best": dict(loss="1*DS+1*TS", optimizer="MUON", lr="3e-3", decay="cosine", warmup="50", cache_teacher=True),
+    "best_running": dict(loss="1*DS+1*TS", optimizer="MUON", lr="5e-3", decay="cosine", warmup="50"),
+    "best": dict(loss="1*DS+1*TS", optimizer="MUON", lr="5e-3", decay="cosine", warmup="50", cache_teacher=True),
     # no distillation, but initialised with the teacher's weights: the baseline of students that are initialised so
     "inherit": dict(loss="1*DS", init_from_teacher="first"),
     # sizes of published networks, with their number of parameters at scale 2; the scale itself is --scale

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compares networks: trains each from scratch and by the preset `best`, with the same data, iterations and learning rate, and
+# Compares networks: trains each from scratch (ADAM, --lr 3e-3) and by the preset `best`, with the same data and iterations, and
 # compares them with their teacher: compare.csv (PSNR, parameters, milliseconds) and compare_speed.png.
 #
 #     NETWORKS="Compact_S SPAN_student" bash scripts/compare_networks.sh --scale 2 --teacher RCAN --dir_data DATA_ROOT
@@ -31,7 +31,7 @@ train() { # label, preset, flags
 
 students=
 for network in $networks; do
-    train "$network/scratch" best_running "$@" --loss "1*DS" --optimizer ADAM
+    train "$network/scratch" best_running "$@" --loss "1*DS" --optimizer ADAM --lr 3e-3
     train "$network/best" best "$@"
     for method in scratch best; do
         students+="$network/$method=$root/experiment/$name/$network/$method/model/model_latest.pt+"
