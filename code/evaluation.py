@@ -29,6 +29,7 @@ from system import distributed
 from system.device import autocast
 from system.errors import UserError, writing
 from system.files import remove_stale_parts
+from system.memory_budget import retain_freed_memory
 
 log = logging.getLogger("sr")
 
@@ -85,6 +86,7 @@ def upscale_image(upscale: Callable, images: Images, index: int, lr: np.ndarray)
         raise UserError(f"{images.pairs[index].lr or images.pairs[index].hr}: {error}") from None
 
 
+@retain_freed_memory(torch.device("cpu"))
 def score(upscale: Callable, images: Images, writer: "Writer | None" = None,
           stop: Callable[[], int] = lambda: False) -> Score | None:
     """Score `upscale` on a test set, and write the SR images with `writer`; return None if stop() became true.

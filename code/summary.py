@@ -213,23 +213,25 @@ def measure(net: "Network | Slice", device: "torch.device", args: Namespace, bud
 
     from system.flops import run_time  # noqa: PLC0415
     from system.memory import peak_memory  # noqa: PLC0415
+    from system.memory_budget import retain_freed_memory  # noqa: PLC0415
 
     net.eval().to(device, memory_format=torch.channels_last)
     try:
-        estimate = previous = 0.0  # seconds
-        for divisor in (16, 8) if budget < math.inf else ():
-            run = forward_pass(net, device, args, divisor)
-            seconds = min(run_time(run, device) for _ in range(2))  # the first pass may be a slow one
-            estimate = seconds + (divisor**2 - 1) * 4 / 3 * max(0, seconds - previous) if previous else seconds
-            previous = seconds
-            if estimate > 2 * budget:
-                return None
-        run = forward_pass(net, device, args)
-        start = time.perf_counter()
-        memory = peak_memory(run, device)[1]  # also the warm-up
-        seconds = [time.perf_counter() - start]
-        while len(seconds) <= PASSES and sum(seconds) < MAX_SECONDS:
-            seconds.append(run_time(run, device))
+        with retain_freed_memory(device):
+            estimate = previous = 0.0  # seconds
+            for divisor in (16, 8) if budget < math.inf else ():
+                run = forward_pass(net, device, args, divisor)
+                seconds = min(run_time(run, device) for _ in range(2))  # the first pass may be a slow one
+                estimate = seconds + (divisor**2 - 1) * 4 / 3 * max(0, seconds - previous) if previous else seconds
+                previous = seconds
+                if estimate > 2 * budget:
+                    return None
+            run = forward_pass(net, device, args)
+            start = time.perf_counter()
+            memory = peak_memory(run, device)[1]  # also the warm-up
+            seconds = [time.perf_counter() - start]
+            while len(seconds) <= PASSES and sum(seconds) < MAX_SECONDS:
+                seconds.append(run_time(run, device))
     except (torch.OutOfMemoryError, UserError):
         return None
     return Measurement(statistics.median(seconds[1:] or seconds), memory)
