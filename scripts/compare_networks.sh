@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compares networks: trains each from scratch by ADAM and by the preset `best`, with the same data and iterations, and compares
-# them with their teacher: compare.csv (PSNR, parameters, milliseconds) and compare_speed.png. ADAM has the learning rate 1e-3, for
-# Compact_S 3e-3, at which the deeper networks diverge.
+# them with their teacher: compare.csv (PSNR, parameters, milliseconds) and compare_speed.png. ADAM has the learning rate 3e-3, or
+# 1e-3 for networks that diverge at 3e-3.
 #
 #     NETWORKS="Compact_S SPAN_student" bash scripts/compare_networks.sh --scale 2 --teacher RCAN --dir_data DATA_ROOT
 #
@@ -32,7 +32,10 @@ train() { # label, preset, flags
 
 students=
 for network in $networks; do
-    if [ "$network" = Compact_S ]; then rate=3e-3; else rate=1e-3; fi
+    case $network in
+        Compact_S | *_tiny) rate=3e-3 ;;
+        *) rate=1e-3 ;;
+    esac
     train "$network/scratch" best_running "$@" --loss "1*DS" --optimizer ADAM --lr "$rate"
     train "$network/best" best "$@"
     for method in scratch best; do
