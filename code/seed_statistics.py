@@ -191,6 +191,8 @@ def draw_gaps(runs: Sequence[Run], ends: dict[str, tuple[float, float]]) -> byte
 
 def draw_times(runs: Sequence[Run], ends: dict[str, tuple[float, float]]) -> bytes:
     """Draw PSNR against the training time, a point with a standard deviation for each method; return a PNG file."""
+    from matplotlib.ticker import LogLocator, NullLocator  # noqa: PLC0415
+
     groups = grouped(runs)
     figure, axes = panels(len(groups))
     for axis, (dataset, methods) in zip(axes, groups.items()):
@@ -199,6 +201,9 @@ def draw_times(runs: Sequence[Run], ends: dict[str, tuple[float, float]]) -> byt
             axis.errorbar(minutes, np.mean(psnrs), deviation(psnrs), fmt="o", capsize=3, color=f"C{number}")
             axis.annotate(method, (minutes, np.mean(psnrs)), xytext=(6, 4), textcoords="offset points", fontsize="small")
         axis.set_xscale("log")  # methods differ by more than ten times
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.margins(x=0.2)
         axis.set_xlabel("training time (min)")
         axis.set_ylabel("PSNR (dB)")
