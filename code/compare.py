@@ -129,7 +129,7 @@ def draw_speed(rows: list[tuple[str, ...]]) -> bytes:
     """Draw PSNR against milliseconds per megapixel of output, and return a PNG file.
 
     rows: of the table. Each data set has a panel. A label may end in /GROUP, such as Compact_S/best: the networks of a group
-    are joined by a line.
+    have one colour.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -137,16 +137,15 @@ def draw_speed(rows: list[tuple[str, ...]]) -> bytes:
 
     panels = {}
     for label, dataset, psnr, *_, milliseconds in rows:
-        group, _, name = label.rpartition("/")
-        points = panels.setdefault(dataset, {}).setdefault(name if group else label, [])
-        points.append((float(milliseconds), float(psnr), label))
+        name, _, group = label.rpartition("/")
+        points = panels.setdefault(dataset, {}).setdefault(group, [])
+        points.append((float(milliseconds), float(psnr), name or label))
     figure = Figure(figsize=(5.5 * len(panels), 4), dpi=110, layout="constrained")
     for axis, (dataset, groups) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for points in groups.values():
-            points.sort()
-            axis.plot([point[0] for point in points], [point[1] for point in points], marker="o")
-            for x, y, label in points:
-                axis.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize="x-small")
+        for group, points in groups.items():
+            axis.plot([point[0] for point in points], [point[1] for point in points], "o", label=group)
+            for x, y, name in points:
+                axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize="x-small")
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
@@ -156,6 +155,7 @@ def draw_speed(rows: list[tuple[str, ...]]) -> bytes:
         axis.set_ylabel("PSNR (dB)")
         axis.set_title(dataset, fontsize="medium")
         axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="lower right")
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
