@@ -17,6 +17,7 @@ import config
 import evaluation
 from model import save_header
 from option import ROOT, make_parser
+from plotting import to_png
 from system.errors import UserError, is_rank_zero, reason_of
 from system.files import atomic_save, atomic_write, load_torch_file, lock, remove_stale_parts
 from system.logger import log_to
@@ -306,14 +307,11 @@ def with_total(row: dict) -> dict[str, float]:
 
 def draw_curve(points: list[tuple[int, float]], label: str) -> bytes:
     """Plot (epoch, value) points, and return a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - takes half a second, at the end of an epoch
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415 - takes half a second, at the end of an epoch
 
     figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*points), marker="o" if len(points) < 30 else None, markersize=3)
     axes.set(xlabel="epoch", ylabel=label)
     axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return to_png(figure)

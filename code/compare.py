@@ -2,8 +2,6 @@
 
 python compare.py --ckp_path scratch=A.pt+distilled=B.pt+teacher=RCAN --data_test Sample --ckp_dir quickstart
 """
-import csv
-import io
 import logging
 import os
 from collections.abc import Callable
@@ -14,6 +12,7 @@ import numpy as np
 
 import option
 from option_types import parse_labelled
+from plotting import set_log_x, to_png
 from system.errors import UserError, writing
 from system.signals import run_script
 
@@ -29,6 +28,7 @@ def main() -> int:
     """Compare the checkpoints that the flags name, and return the exit status; raises UserError."""
     args = option.parse(training=False)
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
+    from checkpoint import write_table  # noqa: PLC0415
     from data import make_benchmarks  # noqa: PLC0415
     from system.device import pick_device  # noqa: PLC0415
     from system.files import atomic_write  # noqa: PLC0415
@@ -46,6 +46,7 @@ def main() -> int:
     benchmarks = make_benchmarks(args)
     rows = []
     for images in benchmarks:
+        size = megapixels(images)
         for label, upscale in methods.items():
             # a warm-up: the first forward pass takes longer, which the time should not include
             evaluation.upscale_image(upscale, images, 0, images.lr(0))
@@ -54,15 +55,13 @@ def main() -> int:
                 raise UserError(f"{images.name} has no HR images to compare with")
             parameters = sum(p.numel() for p in nets[label].parameters()) if label in nets else 0
             rows.append((label, f"{images.name} x{args.scale}", f"{score.psnr:.3f}", f"{score.ssim:.4f}", f"{parameters}",
-                         f"{1000 * score.seconds:.1f}", f"{1000 * score.seconds / megapixels(images):.1f}"))
+                         f"{1000 * score.seconds:.1f}", f"{1000 * score.seconds / size:.1f}"))
     longest = max(12, *map(len, methods))
     for row in (COLUMNS, *rows):
         log.info("".join(f"{cell:<{width}}" if k < 2 else f"{cell:>{width}}"
                          for k, (cell, width) in enumerate(zip(row, (longest + 2, 16, 9, 9, 13, 15, 18)))))
 
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows((COLUMNS, *rows))
-    atomic_write(folder / "compare.csv", text.getvalue().encode())
+    write_table(folder / "compare.csv", [dict(zip(COLUMNS, row)) for row in rows])
     atomic_write(folder / "compare.png", picture(benchmarks[0], methods))
     atomic_write(folder / "compare_speed.png", draw_speed([row for row in rows if row[0] != "bicubic"]))
     log.info("table and pictures: %s, compare.png and compare_speed.png", os.path.relpath(folder / "compare.csv"))
@@ -98,7 +97,6 @@ def picture(images: "Images", methods: dict[str, Callable], most: int = 4) -> by
     images: a test set, of which the first `most` images are shown, one in a row. methods: {label: function that upscales an
     image}, a column each, with the PSNR. The crop is the one where bicubic upscaling has the largest error.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     rows = []
@@ -115,14 +113,12 @@ def picture(images: "Images", methods: dict[str, Callable], most: int = 4) -> by
             axis.imshow(crop, interpolation="nearest")
             axis.set_title(title, fontsize=8)
             axis.axis("off")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def megapixels(images: "Images") -> float:
-    """Return the mean number of HR pixels of the images, in millions."""
-    return np.mean([images.hr(index)[..., 0].size for index in range(len(images))]) / 1e6
+    """Return the mean number of pixels of the outputs, in millions."""
+    return images.scale**2 * np.mean([images.lr(index)[..., 0].size for index in range(len(images))]) / 1e6
 
 
 def draw_speed(rows: list[tuple[str, ...]]) -> bytes:
@@ -131,9 +127,7 @@ def draw_speed(rows: list[tuple[str, ...]]) -> bytes:
     rows: of the table. Each data set has a panel. A label may end in /GROUP, such as Compact_S/best: the networks of a group
     have one colour.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
-    from matplotlib.ticker import LogLocator, NullLocator  # noqa: PLC0415
 
     panels = {}
     for label, dataset, psnr, *_, milliseconds in rows:
@@ -146,19 +140,14 @@ def draw_speed(rows: list[tuple[str, ...]]) -> bytes:
             axis.plot([point[0] for point in points], [point[1] for point in points], "o", label=group)
             for x, y, name in points:
                 axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize="x-small")
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_locator(NullLocator())
+        set_log_x(axis)
         axis.margins(0.15)
         axis.set_xlabel("milliseconds per megapixel of output")
         axis.set_ylabel("PSNR (dB)")
         axis.set_title(dataset, fontsize="medium")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", loc="lower right")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def hardest(hr: np.ndarray, sr: np.ndarray, side: int = CROP) -> tuple[slice, slice]:

@@ -10,7 +10,6 @@ methods_gap.png: the part of the teacher's gain over bicubic that each method re
 training time.
 """
 import csv
-import io
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
@@ -21,6 +20,7 @@ import numpy as np
 
 import option
 from option_types import home_path, positive_number
+from plotting import set_log_x, to_png
 from system.errors import UserError
 from system.signals import run_script
 
@@ -45,7 +45,8 @@ class Run(NamedTuple):
 def main() -> int:
     """Write and print the table, or print a number of iterations, and return the exit status; raises UserError."""
     args = parse()
-    from system.files import atomic_write  # noqa: PLC0415 - after the flags: --help and mistakes should not wait for torch
+    from checkpoint import write_table  # noqa: PLC0415 - after the flags: --help and mistakes should not wait for torch
+    from system.files import atomic_write  # noqa: PLC0415
     from system.logger import start_logging  # noqa: PLC0415
 
     start_logging()
@@ -54,10 +55,8 @@ def main() -> int:
         return 0
     runs = [run for method in args.methods for seed in args.seeds for run in last_test(args.folder, method, seed)]
     ends = read_ends(args.folder / "compare.csv")
-    text = io.StringIO()
     rows = [(run.method, run.seed, run.dataset, f"{run.psnr:.4f}", f"{run.ssim:.5f}", f"{run.seconds:.1f}") for run in runs]
-    csv.writer(text, lineterminator="\n").writerows((COLUMNS, *rows))
-    atomic_write(args.folder / "methods.csv", text.getvalue().encode())
+    write_table(args.folder / "methods.csv", [dict(zip(COLUMNS, row)) for row in rows])
     table = to_markdown(runs, args.random_features)
     atomic_write(args.folder / "methods.md", f"{table}\n".encode())
     log.info(table)
@@ -191,8 +190,6 @@ def draw_gaps(runs: Sequence[Run], ends: dict[str, tuple[float, float]]) -> byte
 
 def draw_times(runs: Sequence[Run], ends: dict[str, tuple[float, float]]) -> bytes:
     """Draw PSNR against the training time, a point with a standard deviation for each method; return a PNG file."""
-    from matplotlib.ticker import LogLocator, NullLocator  # noqa: PLC0415
-
     groups = grouped(runs)
     figure, axes = panels(len(groups))
     for axis, (dataset, methods) in zip(axes, groups.items()):
@@ -200,10 +197,7 @@ def draw_times(runs: Sequence[Run], ends: dict[str, tuple[float, float]]) -> byt
             minutes, psnrs = np.mean([run.seconds for run in found]) / 60, [run.psnr for run in found]
             axis.errorbar(minutes, np.mean(psnrs), deviation(psnrs), fmt="o", capsize=3, color=f"C{number}")
             axis.annotate(method, (minutes, np.mean(psnrs)), xytext=(6, 4), textcoords="offset points", fontsize="small")
-        axis.set_xscale("log")  # methods differ by more than ten times
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_locator(NullLocator())
+        set_log_x(axis)  # methods differ by more than ten times
         axis.margins(x=0.2)
         axis.set_xlabel("training time (min)")
         axis.set_ylabel("PSNR (dB)")
@@ -223,15 +217,6 @@ def panels(count: int):
 
     figure = Figure(figsize=(5 * count, 3.6), dpi=110, layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False)[0]
-
-
-def to_png(figure) -> bytes:
-    """Return the figure as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ the feature vector at that pixel and those at all others, of teacher and student
 (He et al., ICIP 2020), the cosine similarities of all pairs of positions, here of those on a grid. The last rows are the
 absolute differences from the teacher; SA is their mean over all pairs of positions of the crop, the term of that name.
 """
-import io
 import logging
 import os
 from argparse import Namespace
@@ -18,6 +17,7 @@ import numpy as np
 
 import compare
 import option
+from plotting import to_png
 from system.errors import UserError, writing
 from system.signals import run_script
 
@@ -180,7 +180,6 @@ def draw(hr: np.ndarray, crop: Crop, results: dict[str, np.ndarray], features: d
     hr: the whole image, uint8. results: {label: SR crop}. features: {label: {index: feature map 1 x C x h x w}}, where
     one label is "teacher".
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     students, indices = len(features) - 1, len(features["teacher"])
@@ -191,9 +190,7 @@ def draw(hr: np.ndarray, crop: Crop, results: dict[str, np.ndarray], features: d
     upper, lower = figure.subfigures(2, 1, height_ratios=heights)
     draw_errors(upper, hr, crop, results)
     draw_affinities(lower, crop, features)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def draw_errors(figure: "Figure", hr: np.ndarray, crop: Crop, results: dict[str, np.ndarray]) -> None:

@@ -1,10 +1,10 @@
 """The figure of a benchmark, drawn from the rows of its table."""
-import io
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from plotting import to_png
 
 PANELS_PER_ROW = 5
 LABELS = {"reference": "reference", "ours": "this implementation"}
@@ -32,9 +32,7 @@ def picture(rows: list[dict[str, str]]) -> bytes:
         draw_ratios(panels[len(curves)], single)
     for axis in [axis for axes in panels[count:] for axis in axes]:
         axis.axis("off")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def draw_curves(axes: Sequence[Axes], rows: list[dict[str, str]]) -> None:
