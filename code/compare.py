@@ -1,4 +1,6 @@
-"""Compare several checkpoints and bicubic upscaling: compare.csv, compare.png, compare_speed.png. Run from this folder.
+"""Compare several checkpoints and bicubic upscaling, at scale 1 the input: compare.csv, compare.png, compare_speed.png.
+
+Run from this folder:
 
 python compare.py --ckp_path scratch=A.pt+distilled=B.pt+teacher=RCAN --data_test Sample --ckp_dir quickstart
 """
@@ -38,7 +40,8 @@ def main() -> int:
     nets = load(args)
     args.scale = next(iter(nets.values())).scale
     device = pick_device(args)
-    methods = {"bicubic": evaluation.by_bicubic(args.scale)}
+    baseline = baseline_of(args.scale)
+    methods = {baseline: evaluation.by_bicubic(args.scale)}
     methods |= {label: evaluation.by_network(net, device, args, label) for label, net in nets.items()}
     folder = option.ROOT / "experiment" / args.ckp_dir
     with writing(folder):
@@ -63,7 +66,7 @@ def main() -> int:
 
     write_table(folder / "compare.csv", [dict(zip(COLUMNS, row)) for row in rows])
     atomic_write(folder / "compare.png", picture(benchmarks[0], methods))
-    atomic_write(folder / "compare_speed.png", draw_speed([row for row in rows if row[0] != "bicubic"]))
+    atomic_write(folder / "compare_speed.png", draw_speed([row for row in rows if row[0] != baseline]))
     log.info("table and pictures: %s, compare.png and compare_speed.png", os.path.relpath(folder / "compare.csv"))
     return 0
 
@@ -79,8 +82,6 @@ def load(args: SimpleNamespace) -> dict:
     named = parse_labelled(args.ckp_path)
     if not named:
         raise UserError("give the checkpoints to compare with --ckp_path LABEL=FILE+LABEL=FILE")
-    if "bicubic" in named:
-        raise UserError(f"--ckp_path {args.ckp_path}: the label bicubic is in use for bicubic upscaling; give another label")
     nets = {}
     for label, name in named.items():
         path = teacher_path(name, args.scale, "--ckp_path")
@@ -88,14 +89,23 @@ def load(args: SimpleNamespace) -> dict:
     if len({net.scale for net in nets.values()}) > 1:
         scales = ", ".join(f"{label} x{net.scale}" for label, net in nets.items())
         raise UserError(f"--ckp_path: the checkpoints are for different scales, {scales}; compare those of one scale")
+    baseline = baseline_of(next(iter(nets.values())).scale)
+    if baseline in nets:
+        raise UserError(f"--ckp_path {args.ckp_path}: the label {baseline} is in use for "
+                        f"{'bicubic upscaling' if baseline == 'bicubic' else 'the input itself'}; give another label")
     return nets
+
+
+def baseline_of(scale: int) -> str:
+    """Return the label of the results without a network: bicubic upscaling, or at scale 1 the input."""
+    return "bicubic" if scale > 1 else "input"
 
 
 def picture(images: "Images", methods: dict[str, Callable], most: int = 4) -> bytes:
     """Draw crops of the results, and return a PNG file.
 
     images: a test set, of which the first `most` images are shown, one in a row. methods: {label: function that upscales an
-    image}, a column each, with the PSNR. The crop is the one where bicubic upscaling has the largest error.
+    image}, a column each, with the PSNR. The crop is the one where the first of them has the largest error.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -103,7 +113,7 @@ def picture(images: "Images", methods: dict[str, Callable], most: int = 4) -> by
     for index in range(min(most, len(images))):
         hr, lr = images.hr(index), images.lr(index)
         results = {label: upscale(lr) for label, upscale in methods.items()}
-        inner = hardest(hr, results["bicubic"])
+        inner = hardest(hr, next(iter(results.values())))
         rows.append([(images.pairs[index].name, hr[inner])] + [
             (f"{label} {crop_psnr(sr[inner], hr[inner]):.2f} dB", sr[inner]) for label, sr in results.items()])
     figure = Figure(figsize=(2 * len(rows[0]), 2.15 * len(rows)), dpi=110, layout="constrained")

@@ -71,7 +71,7 @@ def by_network(net: nn.Module, device: torch.device, args: Namespace,
 
 
 def by_bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function that upscales a uint8 H x W x 3 image bicubically."""
+    """Return a function that upscales a uint8 H x W x 3 image bicubically; at scale 1 it returns the input."""
     return partial(degrade.upscale, scale=scale)
 
 
@@ -109,7 +109,7 @@ def score(upscale: Callable, images: Images, writer: "Writer | None" = None,
         seconds += time.perf_counter() - start
         if hr is not None:
             try:
-                psnrs[index], ssims[index] = psnr(sr, hr, images.scale), ssim(sr, hr, images.scale)
+                psnrs[index], ssims[index] = psnr(sr, hr, images.shave), ssim(sr, hr, images.shave)
             except ValueError as error:
                 raise UserError(f"{pair.hr}: {error}") from None
         if writer:

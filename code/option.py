@@ -27,6 +27,7 @@ from option_types import (
     parse_numbers,
     parse_once,
     parse_output_size,
+    parse_pair_dirs,
     parse_point,
     parse_rdn_config,
     parse_scales,
@@ -138,7 +139,13 @@ def _add_data_flags(parser):
                        help="sep: decode each image file once and keep the pixels in a cache; img: decode it at each use")
     group.add_argument("--dir_cache", default="",
                        help="folder of the cache (default: next to the data, or experiment/cache if that is read-only)")
-    group.add_argument("--scale", type=int, choices=(2, 3, 4, 8), default=4, help="upscaling factor")
+    group.add_argument("--pair_dirs", type=parse_pair_dirs, default="", metavar="INPUT/TARGET",
+                       help="names of the folders of degraded images and of their ground truth, in DIR_DATA/NAME, in its "
+                            "subfolders train and test, or in the folders of sequences there, for all datasets but Sample "
+                            "and Demo, such as input/target (Rain13K), blur/sharp (GoPro), LR/HR (RealSR); several: A/B+C/D")
+    group.add_argument("--scale", type=int, choices=(1, 2, 3, 4, 8), default=4,
+                       help="upscaling factor; 1 for restoration at equal size (denoising, deblurring, deraining), where "
+                            "LR is the degraded image")
     group.add_argument("--patch_size", type=size, default=192, help="side of the training crops in HR pixels")
     group.add_argument("--no_augment", action="store_true", help="disable random flips and transposes of the crops")
     group.add_argument("--rgb_range", type=pixel_range, default=255,
@@ -188,7 +195,8 @@ def _add_network_flags(parser):
     group.add_argument("--window_size", type=window, help="side of the attention windows in LR pixels (SwinIR)")
     group.add_argument("--mlp_ratio", type=ratio, help="ratio of hidden to input channels of the MLPs (SwinIR)")
     group.add_argument("--upsampler", choices=("pixelshuffle", "pixelshuffledirect", "nearest+conv"),
-                       help="upsampler of the classical, lightweight or real-world variant, in this order (SwinIR)")
+                       help="upsampler of the classical, lightweight or real-world variant, in this order (SwinIR; by "
+                            "default the first, at --scale 1 none)")
     group.add_argument("--resi_connection", choices=("1conv", "3conv"),
                        help="convolutions at the end of each residual group (SwinIR)")
     group.add_argument("--img_range", type=positive_number,
@@ -374,7 +382,7 @@ def _add_visualization_flags(parser):
     group.add_argument("--image", help="name of the image of --data_test (default: the first one)")
     group.add_argument("--point", type=parse_point,
                        help="pixel X,Y of HR, from the top left, whose affinity to the pixels around it is shown (default: "
-                            "the strongest edge where bicubic upscaling has the largest error)")
+                            "the strongest edge where bicubic upscaling, at scale 1 the input, has the largest error)")
     group.add_argument("--crop", type=size, help="side in HR pixels of the crop around that pixel (default: 96)")
 
 
@@ -501,6 +509,12 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
     if given and absent:
         parser.error(f"--label_consistency_views {'+'.join(args.label_consistency_views)}: --upcycle does not contain "
                      f"{' and '.join(sorted(absent))}")
+    if args.scale == 1:
+        if args.upcycle:
+            parser.error("--scale 1: --upcycle needs a scale of 2 or more, as a crop of HR is not degraded; leave it out, "
+                         "or give --upcycle= where a preset such as DUKD contains it")
+        if args.eco:
+            parser.error("--scale 1: --eco needs a scale of 2 or more, as its inputs are downscaled teacher outputs")
     if args.cache_teacher and args.ext == "img":
         parser.error("--cache_teacher needs the data cache, which --ext img disables: give one of them")
     if args.lora_rank and not args.pre_train:

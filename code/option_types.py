@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from system.errors import UserError
@@ -210,6 +210,16 @@ def parse_output_size(string: str) -> OutputSize:
     if len(words) != 2:
         raise argparse.ArgumentTypeError(f"{string[:40]!r} is not a size WIDTHxHEIGHT such as {PAPER_SIZE}")
     return OutputSize(*map(size, words))
+
+
+def parse_pair_dirs(string: str) -> str:
+    """Check 'input/target+blur/sharp', pairs of names of folders, and return it."""
+    for pair in string.split("+") if string else ():
+        names = pair.split("/")
+        if len(set(names)) < len(names) or len(names) != 2 or not all(
+                name.strip(". ") and name == PurePath(name).name for name in names):
+            raise argparse.ArgumentTypeError(f"{string[:80]!r} is not a pair of names of folders such as input/target")
+    return string
 
 
 class Seconds(float):

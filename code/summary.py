@@ -123,7 +123,10 @@ def within_budget(args: Namespace, device: "torch.device") -> list[tuple[str, ..
                 presets.setdefault(tuple(sizes.items()), []).append((name, flags))
     found = []
     for names in tqdm(presets.values(), "measuring presets", leave=False, mininterval=0.1 if sys.stderr.isatty() else 30):
-        (_, net), = load(names[0][1])
+        try:
+            (_, net), = load(names[0][1])
+        except UserError:  # a network that does not have this scale
+            continue
         measurement = measure(net, device, args, args.budget)
         if measurement and measurement.seconds <= args.budget:
             cost = count(net, args.output_size)

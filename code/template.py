@@ -25,10 +25,10 @@ TEMPLATES = {
     "RCAN_student": dict(model="RCAN", n_resgroups=10, n_resblocks=6, n_feats=64, reduction=16),  # 5.024M
     "SAN": dict(model="SAN", n_resgroups=20, n_resblocks=10, n_feats=64, reduction=16),           # 15.71M, the teacher
     "SAN_student": dict(model="SAN", n_resgroups=6, n_resblocks=10, n_feats=64, reduction=16),    # 4.848M
-    "SwinIR": dict(model="SwinIR", depths="6,6,6,6,6,6", num_heads="6,6,6,6,6,6", n_feats=180, window_size=8, mlp_ratio=2,
-                   upsampler="pixelshuffle"),                                        # 11.75M, the teacher (classical, M)
-    "SwinIR_student": dict(model="SwinIR", depths="6,6,6,6", num_heads="6,6,6,6", n_feats=60, window_size=8, mlp_ratio=2,
-                           upsampler="pixelshuffle"),                                # 1.088M, DUKD's and DCKD's student
+    "SwinIR": dict(model="SwinIR", depths="6,6,6,6,6,6", num_heads="6,6,6,6,6,6", n_feats=180, window_size=8,
+                   mlp_ratio=2),                                                     # 11.75M, the teacher (classical, M)
+    "SwinIR_student": dict(model="SwinIR", depths="6,6,6,6", num_heads="6,6,6,6", n_feats=60, window_size=8,
+                           mlp_ratio=2),                                             # 1.088M, DUKD's and DCKD's student
     "SwinIR_light": dict(model="SwinIR", depths="6,6,6,6", num_heads="6,6,6,6", n_feats=60, window_size=8, mlp_ratio=2,
                          upsampler="pixelshuffledirect"),                            # 0.910M (lightweight, S)
     "CARN": dict(model="CARN", n_feats=64, group=1),                                 # 0.964M

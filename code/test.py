@@ -35,10 +35,10 @@ def main() -> int:
     log.info("%s: %s", path, describe(net))
 
     folder = option.ROOT / "experiment" / args.ckp_dir if "ckp_dir" in args.given else results_folder(path)
-    demo = "Demo" in args.data_test
     upscale = evaluation.by_network(net, device, args)
-    with evaluation.Writer(folder, args.save_gt) if args.save_results or demo else nullcontext() as writer:
-        scores = [evaluation.score(upscale, images, writer if args.save_results or images.name == "Demo" else None)
+    unscored = not all(images.has_hr for images in benchmarks)
+    with evaluation.Writer(folder, args.save_gt) if args.save_results or unscored else nullcontext() as writer:
+        scores = [evaluation.score(upscale, images, writer if args.save_results or not images.has_hr else None)
                   for images in benchmarks]
     log.info(evaluation.table(scores))
     name = args.published or published.name_of_run(path.resolve().parent.parent)

@@ -93,7 +93,8 @@ def main() -> int:
 
     device = pick_device(args)
     within = crop.surroundings(lr.shape, degrade.MARGIN)
-    results, features = {"bicubic": crop.cut(degrade.upscale(lr[within], args.scale), within)}, {}
+    results = {compare.baseline_of(args.scale): crop.cut(degrade.upscale(lr[within], args.scale), within)}
+    features = {}
     for label, net in nets.items():
         results[label], features[label] = run(net.eval().to(device), lr, crop, args, label)
     path = folder / f"visualize_{name}.png"
@@ -118,7 +119,7 @@ def choose_crop(lr: np.ndarray, hr: np.ndarray, name: str, args: Namespace) -> C
     """Return the crop of --crop around --point, moved into the image; raises UserError.
 
     lr, hr: uint8 H x W x 3 and sH x sW x 3. Without --point it is centred on the strongest edge of the window in which
-    bicubic upscaling has the largest squared error.
+    bicubic upscaling, at scale 1 the input, has the largest squared error.
     """
     from data import degrade  # noqa: PLC0415
     from metric import rgb_to_y  # noqa: PLC0415

@@ -8,6 +8,7 @@ ALL_FLAGS = (  # one value that is no default, of each flag
     "--cpu --gpu_id 1 --n_GPUs 2 --n_threads 3 --precision bf16 --teacher_precision half --feature_precision "
     "bf16 --compile --seed 5 --dir_data d/a+b --data_train "
     "[A,B] --data_test Set5+Demo --dir_demo d --data_range 1-8/9-10 --ext img --dir_cache c --scale 2 --patch_size 64 "
+    "--pair_dirs a/b+c/d "
     "--no_augment --rgb_range 1 --model SwinIR --teacher [RCAN,x.pt] --n_resgroups 2 --n_resblocks 3 --n_feats 8 "
     "--reduction 4 --res_scale 0.1 --n_inner 2 --n_modules 3 --n_convs 2 "
     "--act_type relu --reparameterise ECB --G0 4 --RDNkSize 3 --RDNconfig 4,3,16 --group 2 "

@@ -1,8 +1,8 @@
 """A cache of decoded images on disk, memory-mapped, so that a crop reads only its own pixels.
 
 The kinds of arrays are HR, LR_X2, LR_made_X2 (uint8) and SR_X2_... (int16, teacher outputs). KIND.index maps the name of
-each source file to the place of its array in a file KIND.<random>.pack. These rules make it safe to kill any process at any
-time, and to start several at once:
+each source file, or its path below the folder of the dataset, to the place of its array in a file KIND.<random>.pack. These
+rules make it safe to kill any process at any time, and to start several at once:
 
 - The index is replaced atomically, every few seconds while arrays are added. A killed build loses the arrays since then.
 - A process appends only to a pack that it has created. No byte that an index has listed is ever overwritten or truncated,
@@ -47,10 +47,13 @@ class Entry(NamedTuple):
 
 
 class Cache:
-    """The arrays made from the files of a dataset: cached in `folder`, or made each time where it is None."""
+    """The arrays made from the files of a dataset: cached in `folder`, or made each time where it is None.
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    root: the folder of a dataset whose files may have equal names in different subfolders.
+    """
+
+    def __init__(self, folder: Path | None, root: Path | None = None):
+        self.folder, self.root = folder, root
         self.stores = {}
         self.status = {}  # of each source when it was first used: data must not change during a run
 
@@ -70,15 +73,15 @@ class Cache:
     def _store(self, kind):
         store = self.stores.get(kind)
         if store is None:
-            store = self.stores[kind] = Store(self.folder, kind)
+            store = self.stores[kind] = Store(self.folder, kind, self.root)
         return store
 
 
 class Store:
-    """The arrays of one kind."""
+    """The arrays of one kind; root: see `Cache`."""
 
-    def __init__(self, folder: Path, kind: str):
-        self.folder, self.kind, self.index = folder, kind, folder / f"{kind}.index"
+    def __init__(self, folder: Path, kind: str, root: Path | None = None):
+        self.folder, self.kind, self.index, self.root = folder, kind, folder / f"{kind}.index", root
         self.dtype = np.dtype(np.int16 if kind.startswith("SR_") else np.uint8)
         self.maps = {}
         self.depth, self.lock, self.file, self.end = 0, None, None, 0
@@ -133,8 +136,11 @@ class Store:
         except Exception:  # a damaged index can cause any exception; the arrays are made again
             return {}
 
+    def _key(self, source):
+        return source.relative_to(self.root).as_posix() if self.root else source.name
+
     def _find(self, source, status):
-        entry = self.entries.get(source.name)
+        entry = self.entries.get(self._key(source))
         return self._view(entry) if entry and entry.status == status else None
 
     def _view(self, entry):
@@ -178,14 +184,14 @@ class Store:
 
     def _add(self, source, status, make):
         digest = digest_of(source)
-        entry = self.entries.get(source.name)
+        entry = self.entries.get(self._key(source))
         array = self._view(entry) if entry and entry.digest == digest else None
         if array is None:
             array = np.ascontiguousarray(make(source), self.dtype)
             entry = self._append(array, digest, status)
         if status_of(source) != status:  # array and digest may be of different contents
             raise UserError(f"{source}: changed while it was used; start again")
-        self.entries[source.name] = entry._replace(status=status)
+        self.entries[self._key(source)] = entry._replace(status=status)
         self.changed = True
         if time.monotonic() - self.published >= PUBLISH_EVERY:
             self._publish()

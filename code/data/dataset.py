@@ -15,7 +15,7 @@ from data.image import read_image, read_photo, reading
 from data.source import default_cache, find
 from system.errors import UserError
 
-MIN_SIDE = 11  # pixels that SSIM needs after `scale` pixels are shaved off each border
+MIN_SIDE = 11  # pixels that SSIM needs after the borders are shaved
 
 
 class Images:
@@ -25,16 +25,22 @@ class Images:
         source = find(name, args, train)
         self.name, self.pairs, self.scale, self.train = name, source.pairs, args.scale, train
         self.lr_kind = f"LR_X{args.scale}" if self.pairs[0].lr else f"LR_made_X{args.scale}"
+        self.shave = args.scale if args.scale > 1 else 0  # pixels that PSNR and SSIM leave out at each border
         self.sizes = {}  # index: height and width of the HR image; filled by `prepare`
         folder = None
         if args.ext == "sep" and name != "Demo":
             dir_cache = args.dir_cache or (default_cache() if name == "Sample" else "")  # not in the folder of scikit-image
             with reading(source.folder):
                 folder = cache_folder(source.folder, dir_cache, default_cache())
-        self.cache = Cache(folder)
+        self.cache = Cache(folder, source.folder if source.nested else None)
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def has_hr(self) -> bool:
+        """Whether there is ground truth for any of the images."""
+        return any(pair.hr for pair in self.pairs)
 
     def hr(self, index: int) -> np.ndarray | None:
         """Return HR as uint8 sH x sW x 3, cropped to the size of LR; None for an image without HR."""
@@ -46,10 +52,12 @@ class Images:
         return hr
 
     def lr(self, index: int) -> np.ndarray:
-        """Return LR as uint8 H x W x 3: from its file if there is one, else HR after bicubic downscaling."""
+        """Return LR as uint8 H x W x 3: from its file if there is one, else HR after bicubic downscaling, at scale 1 HR."""
         pair = self.pairs[index]
         if pair.hr is None:
             return read_image(pair.lr)[0]
+        if pair.lr is None and self.scale == 1:
+            return self.hr(index)
         lr = self.cache.get(pair.lr or pair.hr, self.lr_kind, read_photo if pair.lr else self._downscale)
         self._check_unchanged(index, pair.lr or pair.hr, lr, self.scale)
         return lr
@@ -85,7 +93,7 @@ class Images:
                 hr, file = self.hr(index), self.pairs[index].hr
                 if hr is None:
                     continue
-                least = 0 if self.train else MIN_SIDE + 2 * self.scale
+                least = 0 if self.train else MIN_SIDE + 2 * self.shave
                 if min(hr.shape[:2]) < least:
                     raise UserError(f"{file}: {hr.shape[1]} x {hr.shape[0]} pixels are too few to score at scale "
                                     f"{self.scale}: SSIM needs {least} a side; remove the image")

@@ -22,7 +22,9 @@ def downscale(image: np.ndarray, scale: int) -> np.ndarray:
 
 
 def upscale(image: np.ndarray, scale: int) -> np.ndarray:
-    """Upscale uint8 H x W x C by an integer factor to sH x sW x C."""
+    """Upscale uint8 H x W x C by an integer factor to sH x sW x C; at scale 1 return a copy."""
+    if scale == 1:
+        return np.array(image)
     height, width = image.shape[:2]
     return _to_array(_resize(_to_batch(image), height * scale, width * scale, MARGIN, MARGIN * scale))
 

@@ -15,12 +15,14 @@ SAMPLE_TRAIN = ("chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png",
                 "motorcycle_right.png", "brick.png", "grass.png")
 SAMPLE_TEST = ("astronaut.png", "coffee.png", "retina.jpg", "gravel.png")
 
+PARTS = "train", "test"  # folders of a dataset with both
+ROLES = re.compile("(hr|gt|sharp|clean|norain|target|lr|lq|blur|blurry|noisy|rain|rainy|input)(x?[1-8])?", re.IGNORECASE)
 KINDS = " ".join(sorted(suffix.removeprefix(".") for suffix in SUFFIXES))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The files of an image: `hr` is None where there is no ground truth, `lr` where HR is to be downscaled."""
+    """The files of an image: `hr` is None where there is no ground truth, `lr` where LR is to be made from HR."""
 
     name: str
     hr: Path | None
@@ -34,15 +36,20 @@ class Source:
     name: str
     folder: Path  # of the dataset, for which there is one cache
     pairs: tuple[Pair, ...]
+    nested: bool = False  # whether files in different subfolders may have equal names
 
 
 def find(name: str, args: Namespace, train: bool) -> Source:
     """Find the dataset of that name, for training or testing at --scale.
 
-    Raises UserError for files that are missing, cannot be read or do not match.
+    Raises UserError for files that are missing, cannot be read or do not match, and at scale 1 where HR would be the input.
     """
     with reading(args.dir_data):
-        return _find(name, args, train)
+        source = _find(name, args, train)
+    if args.scale == 1 and not getattr(args, "degrade", "") and any(pair.lr is None for pair in source.pairs):
+        raise UserError(f"--scale 1: {name} has no degraded images, and the input would be HR itself; name the folders of "
+                        "inputs and targets with --pair_dirs INPUT/TARGET, or degrade HR with --degrade KIND")
+    return source
 
 
 def _find(name, args, train):
@@ -53,6 +60,8 @@ def _find(name, args, train):
             raise UserError("--data_train Demo: put images to train on into DIR_DATA/NAME/HR and give --data_train NAME")
         return _demo(Path(args.dir_demo))
     root = Path(args.dir_data)
+    if args.pair_dirs:
+        return _paired(name, root, args.pair_dirs, train)
     if name == "DIV2K":
         return _div2k(root / name, args, train)
     candidates = [root / "benchmark" / name, root / name]
@@ -106,6 +115,59 @@ def _div2k(folder, args, train):
     return Source("DIV2K", folder, tuple(_pairs(images, folder / "DIV2K_train_HR",
                                                 folder / "DIV2K_train_LR_bicubic" / f"X{args.scale}", args.scale,
                                                 is_subset=True)))
+
+
+def _paired(name, root, pair_dirs, train):
+    """Find the pairs of --pair_dirs in the folder of a dataset, or in each of its subfolders (sequences of a video)."""
+    part = "train" if train else "test"
+    folders = [folder for parent in (root / "benchmark" / name, root / name) for folder in (parent / part, parent)]
+    for folder in (*folders, root / part / name):
+        subfolders = sorted(inner for inner in folder.iterdir() if inner.name not in PARTS) if is_folder(folder) else []
+        for inputs, targets in (names.split("/") for names in pair_dirs.split("+")):
+            for parents in ([folder], subfolders):
+                found = [parent for parent in parents if is_folder(parent / inputs)]
+                pairs = [pair for parent in found for pair in _match(
+                    parent / inputs, parent / targets, "" if parent == folder else f"{parent.name}_", train)]
+                if pairs:
+                    _check_names([pair.name for pair in pairs], [pair.lr for pair in pairs])
+                    return Source(name, folder, tuple(pairs), nested=True)
+    raise UserError(f"no dataset {name} with the folders of --pair_dirs {pair_dirs}: looked in "
+                    f"{', '.join(map(str, folders))} and {root / part / name}, and their subfolders")
+
+
+def _match(inputs, targets, prefix, train):
+    """Pair the images of two folders by their names; without the folder of targets there is no ground truth.
+
+    prefix: put before the names of the pairs.
+    """
+    files = list_images(inputs)
+    if not files:
+        raise UserError(f"{inputs}: no images there ({KINDS})")
+    if not is_folder(targets):
+        if train:
+            raise UserError(f"{targets}: no such folder; training needs the ground truth of {inputs}")
+        return [Pair(prefix + file.stem, None, file) for file in files]
+    others = list_images(targets)
+    name_of = _stem if {file.stem for file in files} & {file.stem for file in others} else _name_without_role
+    names, other_names = [name_of(file) for file in files], [name_of(file) for file in others]
+    _check_names(names, files)
+    _check_names(other_names, others)
+    partners = dict(zip(other_names, others))
+    for name, file in (*zip(names, files), *zip(other_names, others)):
+        if name not in partners or name not in names:
+            raise UserError(f"{file}: no image of that name in {targets if file.parent == inputs else inputs}; complete the "
+                            "pair, or remove it")
+    return [Pair(prefix + name, partners[name], file) for name, file in zip(names, files)]
+
+
+def _stem(file):
+    return file.stem
+
+
+def _name_without_role(file):
+    """Return the part of a file name that input and target share: 001 of rain-001, norain-001, 001_LR4, 001_HR, 001x4."""
+    words = re.split("[_-]", re.sub("x[1-8]$", "", file.stem))
+    return "_".join(word for word in words if not ROLES.fullmatch(word))
 
 
 def _pairs(images, hr_folder, lr_folder, scale, is_subset=False):

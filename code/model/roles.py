@@ -71,7 +71,10 @@ def make_student(args: Namespace) -> Network:
     if args.lora_rank:
         raise UserError(f"--lora_rank: {args.pre_train} is a network for scale {pretrained.scale}, whose upsampler does not "
                         f"fit --scale {args.scale}; give a network for that scale")
-    student = type(pretrained)(**{**pretrained.config, "scale": args.scale})
+    try:
+        student = type(pretrained)(**{**pretrained.config, "scale": args.scale})
+    except ValueError as error:
+        raise UserError(f"--pre_train {args.pre_train}, --scale {args.scale}: {error}") from None
     student.rgb_range = args.rgb_range
     state, initial = pretrained.state_dict(), student.state_dict()
     student.load_state_dict({name: state[name] if name in state and state[name].shape == value.shape else value

@@ -138,7 +138,8 @@ class SwinIR(Network):
     """SwinIR with every upsampler and residual connection that was released.
 
     upsampler: "pixelshuffle" (classical SR), "pixelshuffledirect" (lightweight SR), "nearest+conv" (real-world SR, scale 2
-    or 4), or "" (denoising and JPEG artifact removal, scale 1, a global residual). resi_connection: "1conv", or "3conv", a
+    or 4), or "" (denoising and JPEG artifact removal, scale 1, a global residual); by default the first, at scale 1 the
+    last. resi_connection: "1conv", or "3conv", a
     bottleneck. in_chans: 1 (gray) or 3. img_range: maximum of the images inside the network; 255 in the released JPEG
     networks, 1 in the others. Raises ValueError for arguments that do not fit together.
 
@@ -151,8 +152,10 @@ class SwinIR(Network):
 
     def __init__(self, scale: int, depths: Sequence[int] = (6, 6, 6, 6), n_feats: int = 60,
                  num_heads: Sequence[int] = (6, 6, 6, 6), window_size: int = 8, mlp_ratio: float = 2,
-                 upsampler: str = "pixelshuffle", resi_connection: str = "1conv", in_chans: int = 3, img_range: float = 1):
+                 upsampler: str | None = None, resi_connection: str = "1conv", in_chans: int = 3, img_range: float = 1):
         super().__init__()
+        if upsampler is None:
+            upsampler = "pixelshuffle" if scale > 1 else ""
         if len(depths) != len(num_heads):
             raise ValueError(f"{len(depths)} depths and {len(num_heads)} num_heads: each residual block needs one of both")
         if any(n_feats % heads for heads in num_heads):
