@@ -12,6 +12,7 @@ import config
 import published
 from option_types import (
     PAPER_SIZE,
+    crop_stages,
     decay_factor,
     expanded,
     fraction,
@@ -29,6 +30,7 @@ from option_types import (
     parse_output_size,
     parse_pair_dirs,
     parse_point,
+    parse_progressive,
     parse_rdn_config,
     parse_scales,
     parse_seconds,
@@ -57,8 +59,8 @@ NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "Compact", "SPAN", "
 PUBLISHED_LOSS_FLAGS = ("alpha", "feature_loss_used", "feature_distilation_type")
 EXPONENTS = {  # of the terms that compare images: they grow with this power of the images' range
     **dict.fromkeys(("LC", "T_DS", "TS_masked"), 1),
-    **{f"{target}{distance}": 2 if distance == "_MSE" else 1 for target in ("DS", "TS")
-       for distance in ("", "_MSE", "_Charbonnier", "_FFT", "_gradient", "_wavelet")}}
+    **{f"{target}{distance}": {"_MSE": 2, "_PSNR": 0}.get(distance, 1) for target in ("DS", "TS")
+       for distance in ("", "_MSE", "_Charbonnier", "_FFT", "_gradient", "_wavelet", "_PSNR")}}
 SIZES = {flag for preset in TEMPLATES.values() if "model" in preset for flag in preset}
 PATHS = "dir_data", "dir_demo", "dir_cache", "vgg_path", "vqgan_path", "pre_train", "ckp_dir", "ckp_path", "teacher"
 
@@ -315,6 +317,10 @@ def _add_training_flags(parser):
     group.add_argument("--test_every", type=positive, default=1000,
                        help="iterations per epoch; the student is tested and saved after each epoch")
     group.add_argument("--batch_size", type=size, default=16, help="crops per batch, in all processes together")
+    group.add_argument("--progressive", type=parse_progressive, default="", metavar="PATCH/BATCH@START,...",
+                       help="sizes of crops and batches that change in the course of the training, in place of --patch_size "
+                            "and --batch_size, with the iterations from which they apply, or percent of all iterations, "
+                            "such as 128/64@0,160/40@92000 or 128/64@0,160/40@30%% (Restormer)")
     group.add_argument("--split_batch", type=size, default=1,
                        help="divide each batch into this many parts and accumulate their gradients, to save memory; terms "
                             "that compare the images of a batch (IA, CSD, NCE) then compare those of a part")
@@ -326,6 +332,8 @@ def _add_training_flags(parser):
                        help="epochs, counted from 1, at whose start the learning rate is multiplied by --gamma, as in "
                             "EDSR-PyTorch; or iterations, such as 100000-200000it, after which it is; or cosine: cosine "
                             "annealing to --lr_end")
+    group.add_argument("--decay_from", type=natural, default=0,
+                       help="number of iterations at the start, without decay, after which --decay cosine begins")
     group.add_argument("--lr_end", type=not_negative, default=0, help="learning rate at the end of --decay cosine")
     group.add_argument("--warmup", type=natural, default=0,
                        help="number of iterations at the start over which the learning rate rises linearly")
@@ -434,6 +442,8 @@ def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.
         for name in preset.keys() & {"loss", "feature_distilation_type"}:
             preset[name] = convert_weights(preset[name], factor)
         preset["epsilon"] = f"{factor * defaults['epsilon']:g}"  # Adam compares it with the gradient, which grows with L1
+        for name in preset.keys() & {"gclip", "grad_norm"}:
+            preset[name] = f"{factor * float(preset[name]):g}"
     argv_of_preset = [f"--{name}" if value is True else f"--{name}={value}" for name, value in preset.items()]
     preset = {name: getattr(parser.parse_args(argv_of_preset), name) for name in preset}
     if "model" in given and given["model"] != preset.get("model", given["model"]):
@@ -456,8 +466,7 @@ def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.
             setattr(args, name, expanded(name, getattr(args, name)))
     except ValueError as error:
         parser.error(str(error))
-    if training and args.patch_size % args.scale:
-        parser.error(f"--patch_size {args.patch_size} (HR pixels) is not a multiple of --scale {args.scale}")
+    set_crop_sizes(parser, args, training)
     check_combinations(parser, args)
     args.teacher = args.teacher or [args.model]
     args.teacher_precision = args.teacher_precision or args.precision
@@ -494,6 +503,27 @@ def convert_weights(loss: str, factor: float) -> str:
     return ",".join(strings)
 
 
+def set_crop_sizes(parser: Parser, args: argparse.Namespace, training: bool) -> None:
+    """Set patch_size and batch_size to the smallest ones of --progressive; exit where sizes contradict each other."""
+    given = [f"--{name}" for name in ("patch_size", "batch_size") if name in args.given]
+    if args.progressive and given:
+        parser.error(f"{' and '.join(given)} cannot be combined with --progressive {args.progressive}, which contains the "
+                     "sizes of crops and batches; give --progressive= for a constant size")
+    try:
+        stages = crop_stages(args)
+    except ValueError as error:
+        parser.error(str(error))
+    sizes, flag = (("--progressive: crops of ", "--progressive: batches of ") if args.progressive
+                   else ("--patch_size ", "--batch_size "))
+    for stage in stages:
+        if training and stage.patch % args.scale:
+            parser.error(f"{sizes}{stage.patch} (HR pixels) is not a multiple of --scale {args.scale}")
+        if stage.batch % (args.n_GPUs * args.split_batch):
+            parser.error(f"{flag}{stage.batch} cannot be divided evenly by --n_GPUs {args.n_GPUs} x --split_batch "
+                         f"{args.split_batch}")
+    args.patch_size, args.batch_size = (min(getattr(stage, name) for stage in stages) for name in ("patch", "batch"))
+
+
 def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with one line and status 2 where flags contradict each other."""
     for name in ("upcycle_every", "n_zoom_in", "zoom_in_tiles", "view_terms"):
@@ -527,6 +557,11 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--eco needs a fixed teacher, but --width_mult trains it with the student: give one of them")
     if "lr_end" in args.given and args.decay != "cosine":
         parser.error(f"--lr_end {args.lr_end:g} is the end of --decay cosine, which is not given: give both")
+    if args.decay_from and args.decay != "cosine":
+        parser.error(f"--decay_from {args.decay_from} is the start of --decay cosine, which is not given: give both")
+    if args.decay_from and args.decay_from >= args.epochs * args.test_every:
+        parser.error(f"--decay_from {args.decay_from} must be shorter than the run, which has "
+                     f"{args.epochs * args.test_every} iterations (--epochs x --test_every)")
     if args.lr_end > args.lr:
         parser.error(f"--lr_end {args.lr_end:g} must not be larger than --lr {args.lr:g}")
     ends = [0, *stage_ends(parse_stages(args.loss), args.epochs * args.test_every)]
@@ -546,9 +581,6 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
         if name != PurePath(name).name or name == "..":
             parser.error(f"--data_test {name}: give the name of a folder in --dir_data or --dir_data/benchmark, such as "
                          f"{PurePath(os.path.normpath(name)).name.strip('.') or 'Set5'}")
-    if args.batch_size % (args.n_GPUs * args.split_batch):
-        parser.error(f"--batch_size {args.batch_size} cannot be divided evenly by --n_GPUs {args.n_GPUs} x --split_batch "
-                     f"{args.split_batch}")
     if args.chop_mem and not args.chop:
         parser.error("--chop_mem is the memory limit of --chop, which is not given: give both")
     networks = [f"--{name}" for name in sorted(args.given & (SIZES | {"ckp_path", "published", "template", "width_mult"}))]

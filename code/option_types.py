@@ -324,6 +324,45 @@ def stage_ends(stages: Sequence[tuple[float, object]], iterations: int) -> list[
     return [round(end * iterations / 100) for end, _ in stages]
 
 
+class Stage(NamedTuple):
+    """Iterations of a run with crops and batches of one size."""
+
+    start: int  # the first iteration
+    first: int  # number of its first crop
+    patch: int  # side of the crops, in HR pixels
+    batch: int  # crops in a batch
+
+
+def parse_progressive(string: str) -> str:
+    """Check '128/64@0,160/40@92000' or '...@30%', sizes of crops and batches with the iterations from which they apply."""
+    for index, part in enumerate(string.replace(" ", "").split(",") if string else ()):
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})@([0-9]{1,9}|[0-9]{1,2}(?:\.[0-9]{1,6})?%)", part)
+        if not match or (float(match[3].strip("%")) == 0) != (index == 0):
+            raise argparse.ArgumentTypeError(f"{part[:40]!r} is not of the form PATCH/BATCH@ITERATION or "
+                                             "PATCH/BATCH@PERCENT%, the first of them @0, such as 128/64@0,160/40@92000")
+        size(match[1]), size(match[2])
+    return string
+
+
+def crop_stages(args: argparse.Namespace) -> list[Stage]:
+    """Return the stages of --progressive, or the single one of --patch_size and --batch_size; raises ValueError.
+
+    Stages that begin after the end of the run are left out.
+    """
+    if not args.progressive:
+        return [Stage(0, 0, args.patch_size, args.batch_size)]
+    iterations, stages = args.epochs * args.test_every, []
+    for part in args.progressive.replace(" ", "").split(","):
+        patch, batch, begin = re.split("[/@]", part)
+        start = round(float(begin[:-1]) * iterations / 100) if begin.endswith("%") else int(begin)
+        last = stages[-1] if stages else Stage(-1, 0, 0, 0)
+        if start <= last.start:
+            raise ValueError(f"--progressive {args.progressive}: in a run of {iterations} iterations (--epochs x "
+                             f"--test_every) {part} begins at iteration {start}, which must be after {last.start}")
+        stages.append(Stage(start, last.first + (start - last.start) * last.batch, int(patch), int(batch)))
+    return [stage for stage in stages if stage.start < iterations]
+
+
 def parse_views(string: str) -> list[tuple[float, str]]:
     """Parse 'zoom_in+0.5*zoom_out' as [(1, 'zoom_in'), (0.5, 'zoom_out')], without views of weight 0."""
     try:

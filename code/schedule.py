@@ -27,7 +27,8 @@ def make_optimizer(args: Namespace, parameters: Iterable[nn.Parameter]) -> torch
 def learning_rate(args: Namespace, iteration: int) -> float:
     """Return the learning rate of an iteration in 0 .. epochs x test_every - 1.
 
-    Over the first --warmup iterations it rises linearly to its full value, in the last of them; cosine decay begins after.
+    Over the first --warmup iterations it rises linearly to its full value, in the last of them; cosine decay begins after,
+    and not before --decay_from.
     """
     if iteration < args.warmup:
         return _after_warmup(args, iteration) * (iteration + 1) / args.warmup
@@ -36,7 +37,8 @@ def learning_rate(args: Namespace, iteration: int) -> float:
 
 def _after_warmup(args, iteration):
     if args.decay == "cosine":
-        part = max(iteration - args.warmup, 0) / (args.epochs * args.test_every - args.warmup)
+        start = max(args.warmup, args.decay_from)
+        part = max(iteration - start, 0) / (args.epochs * args.test_every - start)
         return args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * part))
     # epochs are counted from 1, and --decay 150 acts in the 150th already: EDSR-PyTorch steps its scheduler before an epoch
     reached = iteration if isinstance(args.decay, Iterations) else iteration // args.test_every + 1

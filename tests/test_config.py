@@ -23,7 +23,7 @@ ALL_FLAGS = (  # one value that is no default, of each flag
     "--nce_patches 3 --nce_patch_size 32 --gan_type WGAN --gan_net unet --gan_k 2 --gan_lr 1e-3 --epochs 3 --test_every 4 "
     "--batch_size 8 --split_batch 2 --optimizer SGD --lr 3e-05 --decay cosine --lr_end 1e-7 --warmup 2 --gamma 0.1 "
     "--momentum 0.5 --betas 0.5,0.9 --epsilon 1e-9 --weight_decay 1e-6 --gclip 3 --grad_norm 2 --ema 0.9 --print_every 7 "
-    "--log_gradients 3 --gan_update before "
+    "--decay_from 3 --log_gradients 3 --gan_update before "
     "--ckp_dir x/y --save_every 2 --save_models --save_results --save_gt --ckp_path z.pt --TS T --chop --chop_mem 1 "
     "--self_ensemble --image i --point 3,4 --crop 32 --output_size 640x360 --time")
 NOT_WITH_LOSS = {"alpha", "feature_loss_used", "feature_distilation_type"}
@@ -38,7 +38,8 @@ def test_the_list_above_has_all_flags():
     parser = option.make_parser()
     defaults, args = parser.parse_args([]), parser.parse_args(ALL_FLAGS.split())
     same = {name for name, value in vars(args).items() if value == getattr(defaults, name)}
-    assert same == NOT_WITH_LOSS | {"template", "published", "resume", "reset", "cache_teacher", "eco", "budget"}
+    assert same == NOT_WITH_LOSS | {"template", "published", "resume", "reset", "cache_teacher", "eco", "budget",
+                                    "progressive"}
 
 
 @pytest.mark.parametrize("line", [
@@ -47,7 +48,7 @@ def test_the_list_above_has_all_flags():
     "--template FAKD+RCAN_student --lr 1", "--template DUKD --upcycle 1*zoom_out", "--template CSD --cpu",
     "--alpha 0.25 --feature_loss_used 1 --feature_distilation_type 2*CA", "--template DCKD --decay cosine",
     "--template CARN_multi --history_every 7 --decay 5-6", "--feature_loss_used 0 --pre_train a.pt",
-    "--template DUKD --upcycle= --loss 1*DS", "--template SwinIR --dir_cache= "])
+    "--progressive 48/8@0,64/4@50% --scale 2", "--template DUKD --upcycle= --loss 1*DS", "--template SwinIR --dir_cache= "])
 def test_a_runs_config_is_a_file_of_flags_that_repeats_it(line, tmp_path):
     args = option.parse(line.split())
     again = option.parse([written(args, tmp_path)])

@@ -23,6 +23,7 @@ from model import slim
 from model.lora import LowRankAdapted
 from model.rcan import RCAN
 from model.san import SAN
+from option_types import Stage
 from system import distributed
 from system.errors import UserError
 from trainer import Trainer
@@ -145,10 +146,10 @@ def test_two_processes_have_the_gradients_of_one(of_two, monkeypatch, case):
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_the_parts_of_the_processes_are_the_batches(parts):
-    whole = [list(batch) for batch in dataset.Batches(3, 7, 8)]
-    divided = [list(dataset.Batches(3, 7, 8, part, parts)) for part in range(parts)]
+    whole = [list(batch) for batch in dataset.Batches(3, 7, [Stage(0, 0, 16, 8)])]
+    divided = [list(dataset.Batches(3, 7, [Stage(0, 0, 16, 8)], part, parts)) for part in range(parts)]
     assert [[number for part in batch for number in part] for batch in zip(*divided)] == whole
-    assert all(len(dataset.Batches(3, 7, 8, part, parts)) == 4 for part in range(parts))
+    assert all(len(dataset.Batches(3, 7, [Stage(0, 0, 16, 8)], part, parts)) == 4 for part in range(parts))
 
 
 @pytest.mark.parametrize("line", ["--loss 0.5*DS+0.5*TS+10*SA --upcycle zoom_out", "--loss 1*AT+1*CA+1*fitnet+1*FSP+1*RBF"])

@@ -21,6 +21,7 @@ from data import degrade, teacher_cache
 from data.dataset import Batches
 from loss import Output, consistency
 from model import NETWORKS, CheckpointError, load_model, save_header
+from option_types import Stage
 from system.errors import UserError
 
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, max_examples=40,
@@ -344,7 +345,7 @@ def test_kept_teacher_outputs_are_rounded_by_a_256th_at_most(values):
 @given(st.integers(0, 20), st.integers(0, 10), st.integers(1, 4), st.integers(1, 4))
 def test_the_processes_parts_make_up_each_batch(start, number, parts, size):
     stop, batch_size = start + number, parts * size
-    samplers = [Batches(start, stop, batch_size, part, parts) for part in range(parts)]
+    samplers = [Batches(start, stop, [Stage(0, 0, 16, batch_size)], part, parts) for part in range(parts)]
     assert {len(sampler) for sampler in samplers} == {number}
     batches = [[index for shard in shards for index in shard] for shards in zip(*samplers)]
     assert batches == [list(range(k * batch_size, (k + 1) * batch_size)) for k in range(start, stop)]

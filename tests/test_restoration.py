@@ -10,10 +10,12 @@ import torch
 import option
 import system.errors
 from checkpoint import save_model
-from data import Images
+from data import Crops, Images, dataset
 from data.source import find
 from metric import psnr
 from model import load_model, make_model
+from option_types import crop_stages
+from trainer import Trainer
 
 TINY = "--model EDSR --n_resblocks 1 --n_feats 4 --cpu --n_threads 0"
 
@@ -132,6 +134,72 @@ def test_pairs_of_two_sizes_are_for_the_scale_between_them(tmp_path):
     assert images.prepare() == [(48, 40)] and images.lr(0).shape == (24, 20, 3)
     with pytest.raises(system.errors.UserError, match=r"20 x 24 pixels do not match the 40 x 48 of .*at scale 1"):
         Images("A", parsed(tmp_path, "--pair_dirs LR/HR --scale 1"), train=True).prepare()
+
+
+# ---- crops and batches that grow
+
+STAGES = "16/8@0,24/4@3,32/2@50%"  # of 10 iterations
+
+
+def test_stages_in_iterations_and_percent():
+    args = option.parse(f"--progressive {STAGES} --epochs 2 --test_every 5 --scale 2".split())
+    assert crop_stages(args) == [(0, 0, 16, 8), (3, 24, 24, 4), (5, 32, 32, 2)]
+    assert (args.patch_size, args.batch_size) == (16, 2)  # the smallest: what terms and views require
+    args = option.parse(["--progressive", "16/8@0,24/4@3", "--epochs", "1", "--test_every", "3"])
+    assert crop_stages(args) == [(0, 0, 16, 8)]
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--progressive 16/8", "PATCH/BATCH@ITERATION"), ("--progressive 16/8@1", "the first of them @0"),
+    ("--progressive 16/8@0,24/4@0", "the first of them @0"), ("--progressive 16/8@0,,24/4@5", "not of the form"),
+    ("--progressive 16/8@0,24/4@5,32/2@4", "begins at iteration 4, which must be after 5"),
+    ("--progressive 16/8@0,24/4@1% --epochs 1 --test_every 10", "begins at iteration 0"),
+    ("--progressive 16/8@0,24/4@100%", "not of the form"), ("--progressive 0/8@0", "whole number in 1"),
+    ("--progressive 16/8@0,22/4@5", "crops of 22 (HR pixels) is not a multiple of --scale 4"),
+    ("--progressive 16/8@0,24/2@5 --split_batch 4", "batches of 2 cannot be divided evenly"),
+    ("--progressive 16/8@0 --patch_size 16", "--patch_size cannot be combined with --progressive"),
+    ("--progressive 16/8@0 --batch_size 8 --patch_size 8", "--patch_size and --batch_size cannot")])
+def test_stages_that_cannot_be_get_one_line(line, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        option.parse(line.split())
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_batches_of_stages_use_each_crop_once_from_any_start(parts):
+    stages = crop_stages(option.parse(f"--progressive {STAGES} --epochs 2 --test_every 5 --scale 2".split()))
+
+    def batches(start, stop):
+        shards = [list(dataset.Batches(start, stop, stages, part, parts)) for part in range(parts)]
+        return [[number for shard in batch for number in shard] for batch in zip(*shards)]
+
+    whole = batches(0, 10)
+    assert [len(batch) for batch in whole] == [8, 8, 8, 4, 4, 2, 2, 2, 2, 2]
+    assert [number for batch in whole for number in batch] == list(range(42))
+    assert all(batches(start, 10) == whole[start:] and batches(0, start) == whole[:start] for start in range(11))
+
+
+def test_a_crop_has_the_size_of_its_stage(tiny_data):
+    line = f"--progressive {STAGES} --epochs 2 --test_every 5 --scale 2 --data_train tiny"
+    crops = Crops(parsed(tiny_data, line))
+    assert [crops[number][1].shape[1] for number in (0, 23, 24, 31, 32, 41)] == [16, 16, 24, 24, 32, 32]
+    assert all(2 * lr.shape[1] == hr.shape[1] for lr, hr in (crops[number] for number in (0, 24, 32)))
+    with pytest.raises(system.errors.UserError, match=r"--progressive: a crop of 72 .HR pixels. is larger than"):
+        Crops(parsed(tiny_data, line.replace("32/2@50%", "72/2@50%")))
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_run_interrupted_in_a_stage_and_resumed_ends_bit_identical(pairs, experiments, run_main, monkeypatch, stop):
+    line = flags(pairs, "--progressive 16/8@0,24/4@2,32/2@4 --split_batch 2 --loss 1*DS_PSNR --optimizer ADAMW --lr 1e-3 "
+                        "--decay cosine --decay_from 2 --lr_end 1e-6 --weight_decay 1e-3 --grad_norm 0.01 --test_every 3")
+    assert run_main("train", f"{line} --epochs 2 --ckp_dir whole")[0] == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "interrupted", lambda trainer: 143 * (trainer.iteration == stop))
+        assert run_main("train", f"{line} --epochs 2 --ckp_dir parts")[0] == 143
+    assert run_main("train", f"{line} --epochs 2 --ckp_dir parts --resume 1")[0] == 0
+    weights = [torch.load(experiments / name / "state.pt", weights_only=True)["student"] for name in ("whole", "parts")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 # ---- scale 1

@@ -44,7 +44,16 @@ def test_warm_up_rises_to_the_whole_rate_and_cosine_begins_after_it():
     assert found[4:] == pytest.approx([(1 + math.cos(math.pi * k / 16)) / 2 for k in range(16)])
 
 
-@pytest.mark.parametrize("line, words", [("--decay 200-100it", "rising"), ("--decay it", "neither cosine"),
+def test_cosine_begins_at_decay_from():
+    """Restormer's schedule: the full learning rate for 92,000 of 300,000 iterations, then half a cosine."""
+    found = rates("--decay cosine --decay_from 8 --lr_end 0.1 --warmup 2", 20)
+    assert found[:8] == [0.5] + [1] * 7
+    assert found[8:] == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * k / 12)) / 2 for k in range(12)])
+
+
+@pytest.mark.parametrize("line, words", [("--decay_from 5", "--decay cosine, which is not given"),
+                                         ("--decay cosine --decay_from 9 --epochs 1 --test_every 9", "shorter than the run"),
+                                         ("--decay 200-100it", "rising"), ("--decay it", "neither cosine"),
                                          ("--decay 1e5it", "neither cosine"), ("--decay 0it", "neither cosine"),
                                          ("--warmup 2000 --epochs 2 --test_every 1000", "shorter than the run"),
                                          ("--warmup -1", "whole number in 0"),

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.dataset import Batches, Crops, Images
+from option_types import crop_stages
 from system import distributed
 
 __all__ = ["Crops", "Images", "make_batches", "make_benchmarks"]
@@ -19,10 +20,11 @@ def make_batches(args: Namespace, crops: Crops, start: int, stop: int, pin_memor
     """Build the loader of batches start..stop-1 of the run; in several processes, of the shard of this process.
 
     A batch consists of uint8 tensors N x 3 x p x p (LR) and N x 3 x sp x sp (HR), and int16 N x 3k x sp x sp with the cached
-    outputs of k teachers. There is one loader for all epochs: its workers start once, and prefetch during tests.
+    outputs of k teachers; N and p are those of the iteration (--progressive). There is one loader for all epochs: its
+    workers start once, and prefetch during tests.
     """
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores still prefetch
-    batches = Batches(start, stop, args.batch_size, distributed.rank(), distributed.world_size())
+    batches = Batches(start, stop, crop_stages(args), distributed.rank(), distributed.world_size())
     return Loader(crops, batch_sampler=batches, num_workers=args.n_threads, pin_memory=pin_memory,
                   worker_init_fn=_start_worker,  # and a generator other than the global one, which the loss uses:
                   generator=torch.Generator().manual_seed(args.seed))

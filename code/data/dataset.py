@@ -1,7 +1,7 @@
 """Pairs of LR and HR images as uint8 arrays: random crops for training, full images for tests."""
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from data import degrade
 from data.cache import Cache, cache_folder
 from data.image import read_image, read_photo, reading
 from data.source import default_cache, find
+from option_types import Stage, crop_stages
 from system.errors import UserError
 
 MIN_SIDE = 11  # pixels that SSIM needs after the borders are shaved
@@ -112,21 +113,24 @@ class Crops(Dataset):
     """Random crops of training sets, numbered from the first iteration of the run to the last.
 
     Crop n depends on the seed and n alone, not on workers, epochs or interruptions: images are drawn without replacement, in
-    a new order for each pass over the dataset, and place and orientation are drawn from (seed, n).
+    a new order for each pass over the dataset, and place and orientation are drawn from (seed, n). Its size is that of the
+    stage (--progressive) that n is in.
     """
 
     def __init__(self, args: Namespace):
         self.sets = [Images(name, args, train=True) for name in args.data_train]
         self.seed, self.scale, self.augment = args.seed, args.scale, not args.no_augment
-        self.patch = args.patch_size // args.scale  # LR pixels
+        self.stages = crop_stages(args)
+        largest = max(stage.patch for stage in self.stages)
         self.order = None, None  # number of a pass over the dataset, and the order of its images
         self.opened = {}  # image number: memory-mapped arrays
         self.teacher_kinds = []  # of each teacher, the kind of its cached outputs (data/teacher_cache.py)
         for images in self.sets:
             for size, pair in zip(images.prepare(), images.pairs):
-                if min(size) < args.patch_size:
-                    raise UserError(f"--patch_size {args.patch_size} (HR pixels) is larger than {pair.hr} ({size[1]} x "
-                                    f"{size[0]}): give a smaller one, or remove the image")
+                if min(size) < largest:
+                    flag = "--progressive: a crop of" if args.progressive else "--patch_size"
+                    raise UserError(f"{flag} {largest} (HR pixels) is larger than {pair.hr} ({size[1]} x {size[0]}): give a "
+                                    "smaller one, or remove the image")
         self.images = [(images, index) for images in self.sets for index in range(len(images))]
 
     def __getstate__(self) -> dict:
@@ -136,11 +140,12 @@ class Crops(Dataset):
         """Return uint8 tensors LR 3 x p x p and HR 3 x sp x sp, and int16 3k x sp x sp of k cached teachers."""
         lr, hr, *outputs = self._arrays(self._image(number))
         rng = np.random.default_rng([self.seed, 1, number])
-        top, left = (int(rng.integers(size - self.patch + 1)) for size in lr.shape[:2])
+        patch = next(stage.patch for stage in reversed(self.stages) if stage.first <= number) // self.scale  # LR pixels
+        top, left = (int(rng.integers(size - patch + 1)) for size in lr.shape[:2])
         orientation = rng.integers(2, size=3) if self.augment else (0, 0, 0)
 
         def crop(image, k):
-            return orient(image[top * k:(top + self.patch) * k, left * k:(left + self.patch) * k], *orientation)
+            return orient(image[top * k:(top + patch) * k, left * k:(left + patch) * k], *orientation)
 
         parts = [crop(lr, 1), crop(hr, self.scale)]
         if outputs:
@@ -193,16 +198,20 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
 class Batches:
     """A batch sampler: yields the numbers of the crops of each of the batches start..stop-1 of the run.
 
-    In several processes each has one of `parts` equal parts of every batch, number `part`.
+    stages: with the sizes of the batches. In several processes each has one of `parts` equal parts of every batch, number
+    `part`.
     """
 
-    def __init__(self, start: int, stop: int, batch_size: int, part: int = 0, parts: int = 1):
-        self.start, self.stop = start, stop
-        self.parts, self.part, self.size = parts, part, batch_size // parts
+    def __init__(self, start: int, stop: int, stages: Sequence[Stage], part: int = 0, parts: int = 1):
+        self.start, self.stop, self.stages = start, stop, stages
+        self.part, self.parts = part, parts
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[range]:
-        parts = range(self.start * self.parts + self.part, self.stop * self.parts, self.parts)  # of all parts of batches
-        return iter(range(part * self.size, (part + 1) * self.size) for part in parts)
+        for stage, end in zip(self.stages, [*(stage.start for stage in self.stages[1:]), self.stop]):
+            size = stage.batch // self.parts
+            for iteration in range(max(self.start, stage.start), min(self.stop, end)):
+                first = stage.first + (iteration - stage.start) * stage.batch + self.part * size
+                yield range(first, first + size)

@@ -101,7 +101,17 @@ class MaskedTeacherSupervision(Term):
         return ((sr - teacher).abs() * nearer).mean()
 
 
-DISTANCES = {"MSE": F.mse_loss, "Charbonnier": charbonnier, "FFT": fft_l1, "gradient": gradient_l1, "wavelet": wavelet_l1}
+def psnr_loss(student: torch.Tensor, target: torch.Tensor, rgb_range: float = 255) -> torch.Tensor:
+    """Compute 10 log10(MSE + 1e-8) of the images in [0, 1], the negative PSNR in dB, mean over the images of the batch.
+
+    Source: NAFNet (Chen et al., ECCV 2022), after HINet (Chen et al., CVPRW 2021).
+    """
+    error = (student - target).square().mean(dim=(1, 2, 3)) / rgb_range ** 2
+    return 10 * torch.log10(error + 1e-8).mean()
+
+
+DISTANCES = {"MSE": F.mse_loss, "Charbonnier": charbonnier, "FFT": fft_l1, "gradient": gradient_l1, "wavelet": wavelet_l1,
+             "PSNR": psnr_loss}
 TARGETS = {"DS": DataSupervision, "TS": TeacherSupervision}
 TERMS = {**TARGETS, **{f"{target}_{distance}": term for target, term in TARGETS.items() for distance in DISTANCES},
          "TS_masked": MaskedTeacherSupervision}
@@ -112,4 +122,6 @@ def build_term(name: str, context: Context) -> Term:
     distance = DISTANCES.get(name.partition("_")[2])
     if distance is charbonnier:
         distance = partial(charbonnier, epsilon=1e-3 * context.args.rgb_range)
+    if distance is psnr_loss:
+        distance = partial(psnr_loss, rgb_range=context.args.rgb_range)
     return TERMS[name](distance) if distance else TERMS[name]()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from option_types import crop_stages
 from system.errors import UserError, is_distributed
 
 PARENT = os.getppid()
@@ -98,9 +99,10 @@ def launcher_died() -> bool:
 
 def check_batch_divisible(args: Namespace) -> None:
     """Raise UserError if the batch cannot be divided evenly among the processes and by --split_batch."""
-    if args.batch_size % (world_size() * args.split_batch):
-        raise UserError(f"--batch_size {args.batch_size} images cannot be divided evenly among {world_size()} processes x "
-                        f"--split_batch {args.split_batch}")
+    for batch in (stage.batch for stage in crop_stages(args)):
+        if batch % (world_size() * args.split_batch):
+            raise UserError(f"--{'progressive: batches of' if args.progressive else 'batch_size'} {batch} images cannot be "
+                            f"divided evenly among {world_size()} processes x --split_batch {args.split_batch}")
 
 
 # ---- shards of a batch
