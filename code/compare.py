@@ -50,7 +50,7 @@ def main() -> int:
         for label, upscale in methods.items():
             # a warm-up: the first forward pass takes longer, which the time should not include
             evaluation.upscale_image(upscale, images, 0, images.lr(0))
-            score = evaluation.score(upscale, images)
+            score = evaluation.score(upscale, images, space=args.metric_space)
             if score.psnr is None:
                 raise UserError(f"{images.name} has no HR images to compare with")
             parameters = sum(p.numel() for p in nets[label].parameters()) if label in nets else 0
@@ -62,7 +62,7 @@ def main() -> int:
                          for k, (cell, width) in enumerate(zip(row, (longest + 2, 16, 9, 9, 13, 15, 18)))))
 
     write_table(folder / "compare.csv", [dict(zip(COLUMNS, row)) for row in rows])
-    atomic_write(folder / "compare.png", picture(benchmarks[0], methods))
+    atomic_write(folder / "compare.png", picture(benchmarks[0], methods, args.metric_space))
     atomic_write(folder / "compare_speed.png", draw_speed([row for row in rows if row[0] != "bicubic"]))
     log.info("table and pictures: %s, compare.png and compare_speed.png", os.path.relpath(folder / "compare.csv"))
     return 0
@@ -91,11 +91,12 @@ def load(args: SimpleNamespace) -> dict:
     return nets
 
 
-def picture(images: "Images", methods: dict[str, Callable], most: int = 4) -> bytes:
+def picture(images: "Images", methods: dict[str, Callable], space: str, most: int = 4) -> bytes:
     """Draw crops of the results, and return a PNG file.
 
     images: a test set, of which the first `most` images are shown, one in a row. methods: {label: function that upscales an
-    image}, a column each, with the PSNR. The crop is the one where bicubic upscaling has the largest error.
+    image}, a column each, with the PSNR. The crop is the one where bicubic upscaling has the largest error. space: y or rgb,
+    that of the PSNR.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -105,7 +106,7 @@ def picture(images: "Images", methods: dict[str, Callable], most: int = 4) -> by
         results = {label: upscale(lr) for label, upscale in methods.items()}
         inner = hardest(hr, results["bicubic"])
         rows.append([(images.pairs[index].name, hr[inner])] + [
-            (f"{label} {crop_psnr(sr[inner], hr[inner]):.2f} dB", sr[inner]) for label, sr in results.items()])
+            (f"{label} {crop_psnr(sr[inner], hr[inner], space):.2f} dB", sr[inner]) for label, sr in results.items()])
     figure = Figure(figsize=(2 * len(rows[0]), 2.15 * len(rows)), dpi=110, layout="constrained")
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for axes, cells in zip(grid, rows):
@@ -159,10 +160,10 @@ def hardest(hr: np.ndarray, sr: np.ndarray, side: int = CROP) -> tuple[slice, sl
     return np.s_[top:top + side, left:left + side]
 
 
-def crop_psnr(sr: np.ndarray, hr: np.ndarray) -> float:
-    """Return the PSNR in dB of a crop of H x W x 3 uint8 images."""
+def crop_psnr(sr: np.ndarray, hr: np.ndarray, space: str) -> float:
+    """Return the PSNR in dB, on y or rgb, of a crop of H x W x 3 uint8 images."""
     from metric import psnr  # noqa: PLC0415 - imports scikit-image, which takes a second
-    return psnr(np.ascontiguousarray(sr), np.ascontiguousarray(hr), 0)
+    return psnr(np.ascontiguousarray(sr), np.ascontiguousarray(hr), 0, space)
 
 
 if __name__ == "__main__":

@@ -88,10 +88,11 @@ def upscale_image(upscale: Callable, images: Images, index: int, lr: np.ndarray)
 
 @retain_freed_memory(torch.device("cpu"))
 def score(upscale: Callable, images: Images, writer: "Writer | None" = None,
-          stop: Callable[[], int] = lambda: False) -> Score | None:
+          stop: Callable[[], int] = lambda: False, space: str = "y") -> Score | None:
     """Score `upscale` on a test set, and write the SR images with `writer`; return None if stop() became true.
 
-    Several processes divide the images among themselves; the Score is that of all images.
+    space: y or rgb, that of PSNR and SSIM. Several processes divide the images among themselves; the Score is that of all
+    images.
     """
     psnrs, ssims, seconds, stopped = [0.0] * len(images), [0.0] * len(images), 0.0, 0
     if writer:
@@ -109,7 +110,7 @@ def score(upscale: Callable, images: Images, writer: "Writer | None" = None,
         seconds += time.perf_counter() - start
         if hr is not None:
             try:
-                psnrs[index], ssims[index] = psnr(sr, hr, images.scale), ssim(sr, hr, images.scale)
+                psnrs[index], ssims[index] = (metric(sr, hr, images.shave, space) for metric in (psnr, ssim))
             except ValueError as error:
                 raise UserError(f"{pair.hr}: {error}") from None
         if writer:

@@ -38,7 +38,8 @@ def main() -> int:
     demo = "Demo" in args.data_test
     upscale = evaluation.by_network(net, device, args)
     with evaluation.Writer(folder, args.save_gt) if args.save_results or demo else nullcontext() as writer:
-        scores = [evaluation.score(upscale, images, writer if args.save_results or images.name == "Demo" else None)
+        scores = [evaluation.score(upscale, images, writer if args.save_results or images.name == "Demo" else None,
+                                   space=args.metric_space)
                   for images in benchmarks]
     log.info(evaluation.table(scores))
     name = args.published or published.name_of_run(path.resolve().parent.parent)

@@ -211,7 +211,8 @@ class Trainer:
         upscale = evaluation.by_network(tested, self.device, self.args)
         folder = self.experiment.folder
         with evaluation.Writer(folder, self.args.save_gt) if self.args.save_results else nullcontext() as writer:
-            scores = [evaluation.score(upscale, images, writer, stop=lambda: self.interruption.status)
+            scores = [evaluation.score(upscale, images, writer, stop=lambda: self.interruption.status,
+                                       space=self.args.metric_space)
                       for images in self.benchmarks]
         if None in scores:
             return
