@@ -25,7 +25,7 @@ from system.logger import log_to
 log = logging.getLogger("sr")
 # and model/*.pt, and a curve for each column of loss.csv and each test set of metrics.csv
 RESULTS = "state.pt", "metrics.csv", "images.csv", "loss.csv", "time.csv"
-OPTIONAL = {"gradients", "images", "seconds", "total"}  # entries of the history that not every epoch has
+OPTIONAL = {"gradients", "images", "perceptual", "seconds", "total"}  # entries of the history that not every epoch has
 MODEL = re.compile(r"model_(best|latest|raw|[0-9]+)\.pt")
 REPLACED = ".replaced"  # where --reset keeps the old run until the new one has saved a state
 
@@ -192,7 +192,8 @@ class Experiment:
         images = [image for name, epoch in models.items() for row in history if row["epoch"] == epoch
                   for image in evaluation.image_rows(name, epoch, self.args.scale, row.get("images", {}))]
         scores = [dict(epoch=row["epoch"], iteration=row["iteration"], dataset=name, scale=self.args.scale,
-                       psnr=f"{psnr:.4f}", ssim=f"{ssim:.5f}")
+                       psnr=f"{psnr:.4f}", ssim=f"{ssim:.5f}",
+                       **{metric: f"{value:.5f}" for metric, value in row.get("perceptual", {}).get(name, {}).items()})
                   for row in history for name, (psnr, ssim) in row["scores"].items()]
         losses = [dict(epoch=row["epoch"], iteration=row["iteration"], lr=f"{row['lr']:.4g}",
                        **{name: f"{value:.6g}" for name, value in with_total(row).items()},
@@ -284,8 +285,9 @@ def check_history(history: object, terms: Iterable[str], iteration: int) -> None
         if not isinstance(row, dict) or row.keys() - OPTIONAL != {"epoch", "iteration", "lr", "loss", "scores"}:
             raise ValueError(f"history has an odd entry {epoch}")
         losses, gradients, images = with_total(row), row.get("gradients", {}), row.get("images", {})
+        perceptual = [value for values in row.get("perceptual", {}).values() for value in values.values()]
         scores = [*row["scores"].values(), *(pair for per_image in images.values() for _, *pair in per_image)]
-        numbers = [row["lr"], row.get("seconds", 0.0), *losses.values(), *gradients.values(),
+        numbers = [row["lr"], row.get("seconds", 0.0), *losses.values(), *gradients.values(), *perceptual,
                    *(value for pair in scores for value in pair)]
         counted = row["epoch"] == epoch and type(row["iteration"]) is int and last < row["iteration"] <= iteration
         named = (row["loss"] and all(list(found) == [name for name in terms if name in found]  # others are of other stages

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sr")
 CROP = 96  # HR pixels a side
-COLUMNS = "network", "dataset", "psnr", "ssim", "parameters", "ms_per_image", "ms_per_megapixel"
 
 
 def main() -> int:
@@ -30,6 +29,7 @@ def main() -> int:
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
     from checkpoint import write_table  # noqa: PLC0415
     from data import make_benchmarks  # noqa: PLC0415
+    from perceptual import make_metrics  # noqa: PLC0415
     from system.device import pick_device  # noqa: PLC0415
     from system.files import atomic_write  # noqa: PLC0415
     from system.logger import start_logging  # noqa: PLC0415
@@ -38,6 +38,7 @@ def main() -> int:
     nets = load(args)
     args.scale = next(iter(nets.values())).scale
     device = pick_device(args)
+    metrics = make_metrics(args.metrics, device)
     methods = {"bicubic": evaluation.by_bicubic(args.scale)}
     methods |= {label: evaluation.by_network(net, device, args, label) for label, net in nets.items()}
     folder = option.ROOT / "experiment" / args.ckp_dir
@@ -50,18 +51,20 @@ def main() -> int:
         for label, upscale in methods.items():
             # a warm-up: the first forward pass takes longer, which the time should not include
             evaluation.upscale_image(upscale, images, 0, images.lr(0))
-            score = evaluation.score(upscale, images, space=args.metric_space)
+            score = evaluation.score(upscale, images, space=args.metric_space, perceptual=metrics)
             if score.psnr is None:
                 raise UserError(f"{images.name} has no HR images to compare with")
             parameters = sum(p.numel() for p in nets[label].parameters()) if label in nets else 0
-            rows.append((label, f"{images.name} x{args.scale}", f"{score.psnr:.3f}", f"{score.ssim:.4f}", f"{parameters}",
+            rows.append((label, f"{images.name} x{args.scale}", f"{score.psnr:.3f}", f"{score.ssim:.4f}",
+                         *(f"{value:.4f}" for value in score.perceptual.values()), f"{parameters}",
                          f"{1000 * score.seconds:.1f}", f"{1000 * score.seconds / size:.1f}"))
-    longest = max(12, *map(len, methods))
-    for row in (COLUMNS, *rows):
+    columns = ("network", "dataset", "psnr", "ssim", *args.metrics, "parameters", "ms_per_image", "ms_per_megapixel")
+    widths = (max(12, *map(len, methods)) + 2, 16, 9, 9, *map(evaluation.width, args.metrics), 13, 15, 18)
+    for row in (columns, *rows):
         log.info("".join(f"{cell:<{width}}" if k < 2 else f"{cell:>{width}}"
-                         for k, (cell, width) in enumerate(zip(row, (longest + 2, 16, 9, 9, 13, 15, 18)))))
+                         for k, (cell, width) in enumerate(zip(row, widths))))
 
-    write_table(folder / "compare.csv", [dict(zip(COLUMNS, row)) for row in rows])
+    write_table(folder / "compare.csv", [dict(zip(columns, row)) for row in rows])
     atomic_write(folder / "compare.png", picture(benchmarks[0], methods, args.metric_space))
     atomic_write(folder / "compare_speed.png", draw_speed([row for row in rows if row[0] != "bicubic"]))
     log.info("table and pictures: %s, compare.png and compare_speed.png", os.path.relpath(folder / "compare.csv"))

@@ -23,6 +23,7 @@ from option_types import (
     parse_decay,
     parse_features,
     parse_list,
+    parse_metrics,
     parse_names,
     parse_numbers,
     parse_once,
@@ -367,6 +368,9 @@ def _add_testing_flags(parser):
                             "most papers on restoration (PSNR over all channels, SSIM as the mean of the channels)")
     group.add_argument("--shave", type=natural,
                        help="pixels left out at each border for PSNR and SSIM (default: the scale; 0 at scale 1)")
+    group.add_argument("--metrics", type=parse_metrics, default="", metavar="NAME+NAME",
+                       help="further metrics, computed by the package pyiqa on whole RGB images: lpips+dists+niqe or others "
+                            "of its names; those that need no HR, such as niqe, also on images without")
     group.add_argument("--chop", action="store_true", help="upscale large images in overlapping tiles, to save memory")
     group.add_argument("--chop_mem", type=positive_number,
                        help="memory limit of --chop in GB (10^9 bytes) (default: half of the free memory, on a CPU at most "

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -20,6 +20,7 @@ from data import Crops, Images, make_batches
 from distiller import Distiller
 from loss import concatenate
 from model.lora import merged, merged_parameters
+from perceptual import PerceptualMetric
 from schedule import learning_rate, make_optimizer
 from system import distributed
 from system.errors import UserError
@@ -33,9 +34,9 @@ class Trainer:
     """Train the student of a `Distiller` for --epochs epochs of --test_every iterations, each followed by a test."""
 
     def __init__(self, args: Namespace, distiller: Distiller, crops: Crops, benchmarks: list[Images], experiment: Experiment,
-                 device: torch.device):
+                 device: torch.device, metrics: Sequence[PerceptualMetric] = ()):
         self.args, self.experiment, self.device = args, experiment, device
-        self.crops, self.benchmarks = crops, benchmarks
+        self.crops, self.benchmarks, self.metrics = crops, benchmarks, metrics
         self.distiller = distiller.to(device, memory_format=torch.channels_last)
         self.student, self.loss = distiller.student, distiller.loss
         self.parallel = distiller  # wrapped in `fit`, which all ranks call at the same time; rank 0 builds its trainer first
@@ -212,7 +213,7 @@ class Trainer:
         folder = self.experiment.folder
         with evaluation.Writer(folder, self.args.save_gt) if self.args.save_results else nullcontext() as writer:
             scores = [evaluation.score(upscale, images, writer, stop=lambda: self.interruption.status,
-                                       space=self.args.metric_space)
+                                       space=self.args.metric_space, perceptual=self.metrics)
                       for images in self.benchmarks]
         if None in scores:
             return
@@ -224,7 +225,8 @@ class Trainer:
             total=total, loss=means,
             scores={s.dataset: (s.psnr, s.ssim) for s in scores if s.psnr is not None},
             images={s.dataset: s.per_image for s in scores if s.psnr is not None},
-            **({"gradients": gradients} if gradients else {})))
+            **({"gradients": gradients} if gradients else {}),
+            **({"perceptual": {s.dataset: s.perceptual for s in scores if s.psnr is not None}} if self.metrics else {})))
         self.sums.zero_()
         self.gradients.zero_()
         best = evaluation.best(self.history)
