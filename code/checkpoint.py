@@ -27,6 +27,7 @@ log = logging.getLogger("sr")
 RESULTS = "state.pt", "metrics.csv", "images.csv", "loss.csv", "time.csv"
 OPTIONAL = {"gradients", "images", "perceptual", "seconds", "total"}  # entries of the history that not every epoch has
 MODEL = re.compile(r"model_(best|latest|raw|[0-9]+)\.pt")
+EVENTS = "events.out.tfevents.*"  # files of TensorBoard
 REPLACED = ".replaced"  # where --reset keeps the old run until the new one has saved a state
 
 
@@ -116,20 +117,22 @@ class Experiment:
         names = [*RESULTS, "config.txt", "log.txt", *curves_of(self.folder)]
         models = self.folder / "model"
         names += [f"model/{name}" for name in (os.listdir(models) if models.is_dir() else ()) if MODEL.fullmatch(name)]
-        paths = [self.folder / name for name in names]
+        paths = [self.folder / name for name in names] + sorted((self.folder / "tensorboard").glob(EVENTS))
         stats = {path: os.lstat(path) for path in paths if os.path.lexists(path)}
         return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
     def _check_free(self):
         """Raise UserError where the run would overwrite another one, or --reset would remove files of no run.
 
-        A folder with no more than config.txt and log.txt is of a run that saved nothing: the two are replaced.
+        A folder with no more than config.txt, log.txt and events of TensorBoard is of a run that saved nothing: the first
+        two are replaced, the events hidden.
         """
         if (self.folder / REPLACED).is_dir() and not self.args.reset:
             raise UserError(f"{self.folder / REPLACED} holds a run that --reset was replacing when it was killed; move its "
                             f"files back to {self.folder}, or repeat --reset")
         of_a_run = self.folder / "state.pt" in self.found or is_config(self.folder / "config.txt")
-        results = self.found.keys() - ({self.folder / "config.txt", self.folder / "log.txt"} if of_a_run else set())
+        began = {path for path in self.found if path.name in ("config.txt", "log.txt") or path.match(EVENTS)}
+        results = self.found.keys() - (began if of_a_run else set())
         if not results or (self.args.resume and self.folder / "state.pt" in self.found):
             return
         first = min(results).relative_to(self.folder)
@@ -143,7 +146,8 @@ class Experiment:
 
     def _move_aside(self):
         aside, self.moved = self.folder / REPLACED, True
-        (aside / "model").mkdir(parents=True, exist_ok=True)
+        for folder in ("model", "tensorboard"):
+            (aside / folder).mkdir(parents=True, exist_ok=True)
         for path in self.found:
             if os.path.lexists(aside / path.relative_to(self.folder)):  # moved by an earlier --reset, which was killed
                 path.unlink()
@@ -154,6 +158,8 @@ class Experiment:
         """Move back the files that --reset had moved aside."""
         aside = self.folder / REPLACED
         with suppress(OSError):
+            for path in (self.folder / "tensorboard").glob(EVENTS):  # of the new run
+                path.unlink()
             for path in [path for path in aside.rglob("*") if not path.is_dir()]:
                 path.replace(self.folder / path.relative_to(aside))
             shutil.rmtree(aside)

@@ -350,6 +350,9 @@ def _add_experiment_flags(parser):
     group.add_argument("--reset", action="store_true", help="replace the run in --ckp_dir, if there is one, by a new run")
     group.add_argument("--save_every", type=not_negative, default=60,
                        help="seconds between saves of the training state, from which --resume continues")
+    group.add_argument("--tensorboard", action="store_true",
+                       help="write the curves, and the centre of the first image of each test set, for TensorBoard to the "
+                            "run's folder tensorboard/")
     group.add_argument("--save_models", action="store_true", help="keep the model of each epoch, not only best and latest")
     group.add_argument("--save_results", action="store_true", help="save the upscaled test images")
     group.add_argument("--save_gt", action="store_true", help="save LR and HR images too, with --save_results")

@@ -38,6 +38,7 @@ def train(args: Namespace) -> int:
     from system import distributed  # noqa: PLC0415
     from system.device import pick_device  # noqa: PLC0415
     from system.logger import log_failure, start_logging  # noqa: PLC0415
+    from tensorboard_log import summary_writer  # noqa: PLC0415
     from trainer import Trainer  # noqa: PLC0415
 
     start_logging()
@@ -47,6 +48,8 @@ def train(args: Namespace) -> int:
         with distributed.rank_zero_first():
             distributed.check_batch_divisible(args)
             metrics = make_metrics(args.metrics, device)
+            if args.tensorboard:
+                summary_writer()  # a missing package ends the run here, before images are decoded
             experiment = Experiment(args)
             stack.callback(experiment.end)
             torch.manual_seed(args.seed)
