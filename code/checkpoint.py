@@ -25,8 +25,9 @@ from system.logger import log_to
 log = logging.getLogger("sr")
 # and model/*.pt, and a curve for each column of loss.csv and each test set of metrics.csv
 RESULTS = "state.pt", "metrics.csv", "images.csv", "loss.csv", "time.csv"
-OPTIONAL = {"gradients", "images", "seconds", "total"}  # entries of the history that not every epoch has
+OPTIONAL = {"gradients", "images", "perceptual", "seconds", "total"}  # entries of the history that not every epoch has
 MODEL = re.compile(r"model_(best|latest|raw|[0-9]+)\.pt")
+EVENTS = "events.out.tfevents.*"  # files of TensorBoard
 REPLACED = ".replaced"  # where --reset keeps the old run until the new one has saved a state
 
 
@@ -116,20 +117,22 @@ class Experiment:
         names = [*RESULTS, "config.txt", "log.txt", *curves_of(self.folder)]
         models = self.folder / "model"
         names += [f"model/{name}" for name in (os.listdir(models) if models.is_dir() else ()) if MODEL.fullmatch(name)]
-        paths = [self.folder / name for name in names]
+        paths = [self.folder / name for name in names] + sorted((self.folder / "tensorboard").glob(EVENTS))
         stats = {path: os.lstat(path) for path in paths if os.path.lexists(path)}
         return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
     def _check_free(self):
         """Raise UserError where the run would overwrite another one, or --reset would remove files of no run.
 
-        A folder with no more than config.txt and log.txt is of a run that saved nothing: the two are replaced.
+        A folder with no more than config.txt, log.txt and events of TensorBoard is of a run that saved nothing: the first
+        two are replaced, the events hidden.
         """
         if (self.folder / REPLACED).is_dir() and not self.args.reset:
             raise UserError(f"{self.folder / REPLACED} holds a run that --reset was replacing when it was killed; move its "
                             f"files back to {self.folder}, or repeat --reset")
         of_a_run = self.folder / "state.pt" in self.found or is_config(self.folder / "config.txt")
-        results = self.found.keys() - ({self.folder / "config.txt", self.folder / "log.txt"} if of_a_run else set())
+        began = {path for path in self.found if path.name in ("config.txt", "log.txt") or path.match(EVENTS)}
+        results = self.found.keys() - (began if of_a_run else set())
         if not results or (self.args.resume and self.folder / "state.pt" in self.found):
             return
         first = min(results).relative_to(self.folder)
@@ -143,7 +146,8 @@ class Experiment:
 
     def _move_aside(self):
         aside, self.moved = self.folder / REPLACED, True
-        (aside / "model").mkdir(parents=True, exist_ok=True)
+        for folder in ("model", "tensorboard"):
+            (aside / folder).mkdir(parents=True, exist_ok=True)
         for path in self.found:
             if os.path.lexists(aside / path.relative_to(self.folder)):  # moved by an earlier --reset, which was killed
                 path.unlink()
@@ -154,6 +158,8 @@ class Experiment:
         """Move back the files that --reset had moved aside."""
         aside = self.folder / REPLACED
         with suppress(OSError):
+            for path in (self.folder / "tensorboard").glob(EVENTS):  # of the new run
+                path.unlink()
             for path in [path for path in aside.rglob("*") if not path.is_dir()]:
                 path.replace(self.folder / path.relative_to(aside))
             shutil.rmtree(aside)
@@ -192,7 +198,8 @@ class Experiment:
         images = [image for name, epoch in models.items() for row in history if row["epoch"] == epoch
                   for image in evaluation.image_rows(name, epoch, self.args.scale, row.get("images", {}))]
         scores = [dict(epoch=row["epoch"], iteration=row["iteration"], dataset=name, scale=self.args.scale,
-                       psnr=f"{psnr:.4f}", ssim=f"{ssim:.5f}")
+                       psnr=f"{psnr:.4f}", ssim=f"{ssim:.5f}",
+                       **{metric: f"{value:.5f}" for metric, value in row.get("perceptual", {}).get(name, {}).items()})
                   for row in history for name, (psnr, ssim) in row["scores"].items()]
         losses = [dict(epoch=row["epoch"], iteration=row["iteration"], lr=f"{row['lr']:.4g}",
                        **{name: f"{value:.6g}" for name, value in with_total(row).items()},
@@ -284,8 +291,9 @@ def check_history(history: object, terms: Iterable[str], iteration: int) -> None
         if not isinstance(row, dict) or row.keys() - OPTIONAL != {"epoch", "iteration", "lr", "loss", "scores"}:
             raise ValueError(f"history has an odd entry {epoch}")
         losses, gradients, images = with_total(row), row.get("gradients", {}), row.get("images", {})
+        perceptual = [value for values in row.get("perceptual", {}).values() for value in values.values()]
         scores = [*row["scores"].values(), *(pair for per_image in images.values() for _, *pair in per_image)]
-        numbers = [row["lr"], row.get("seconds", 0.0), *losses.values(), *gradients.values(),
+        numbers = [row["lr"], row.get("seconds", 0.0), *losses.values(), *gradients.values(), *perceptual,
                    *(value for pair in scores for value in pair)]
         counted = row["epoch"] == epoch and type(row["iteration"]) is int and last < row["iteration"] <= iteration
         named = (row["loss"] and all(list(found) == [name for name in terms if name in found]  # others are of other stages

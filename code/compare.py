@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sr")
 CROP = 96  # HR pixels a side
-COLUMNS = "network", "dataset", "psnr", "ssim", "parameters", "ms_per_image", "ms_per_megapixel"
 
 
 def main() -> int:
@@ -32,6 +31,7 @@ def main() -> int:
     import evaluation  # noqa: PLC0415 - after the flags: --help and a mistyped flag should not wait for torch
     from checkpoint import write_table  # noqa: PLC0415
     from data import make_benchmarks  # noqa: PLC0415
+    from perceptual import make_metrics  # noqa: PLC0415
     from system.device import pick_device  # noqa: PLC0415
     from system.files import atomic_write  # noqa: PLC0415
     from system.logger import start_logging  # noqa: PLC0415
@@ -40,7 +40,7 @@ def main() -> int:
     nets = load(args)
     args.scale = next(iter(nets.values())).scale
     device = pick_device(args)
-    baseline = baseline_of(args.scale)
+    metrics, baseline = make_metrics(args.metrics, device), baseline_of(args.scale)
     methods = {baseline: evaluation.by_bicubic(args.scale)}
     methods |= {label: evaluation.by_network(net, device, args, label) for label, net in nets.items()}
     folder = option.ROOT / "experiment" / args.ckp_dir
@@ -53,19 +53,21 @@ def main() -> int:
         for label, upscale in methods.items():
             # a warm-up: the first forward pass takes longer, which the time should not include
             evaluation.upscale_image(upscale, images, 0, images.lr(0))
-            score = evaluation.score(upscale, images)
+            score = evaluation.score(upscale, images, space=args.metric_space, perceptual=metrics)
             if score.psnr is None:
                 raise UserError(f"{images.name} has no HR images to compare with")
             parameters = sum(p.numel() for p in nets[label].parameters()) if label in nets else 0
-            rows.append((label, f"{images.name} x{args.scale}", f"{score.psnr:.3f}", f"{score.ssim:.4f}", f"{parameters}",
+            rows.append((label, f"{images.name} x{args.scale}", f"{score.psnr:.3f}", f"{score.ssim:.4f}",
+                         *(f"{value:.4f}" for value in score.perceptual.values()), f"{parameters}",
                          f"{1000 * score.seconds:.1f}", f"{1000 * score.seconds / size:.1f}"))
-    longest = max(12, *map(len, methods))
-    for row in (COLUMNS, *rows):
+    columns = ("network", "dataset", "psnr", "ssim", *args.metrics, "parameters", "ms_per_image", "ms_per_megapixel")
+    widths = (max(12, *map(len, methods)) + 2, 16, 9, 9, *map(evaluation.width, args.metrics), 13, 15, 18)
+    for row in (columns, *rows):
         log.info("".join(f"{cell:<{width}}" if k < 2 else f"{cell:>{width}}"
-                         for k, (cell, width) in enumerate(zip(row, (longest + 2, 16, 9, 9, 13, 15, 18)))))
+                         for k, (cell, width) in enumerate(zip(row, widths))))
 
-    write_table(folder / "compare.csv", [dict(zip(COLUMNS, row)) for row in rows])
-    atomic_write(folder / "compare.png", picture(benchmarks[0], methods))
+    write_table(folder / "compare.csv", [dict(zip(columns, row)) for row in rows])
+    atomic_write(folder / "compare.png", picture(benchmarks[0], methods, args.metric_space))
     atomic_write(folder / "compare_speed.png", draw_speed([row for row in rows if row[0] != baseline]))
     log.info("table and pictures: %s, compare.png and compare_speed.png", os.path.relpath(folder / "compare.csv"))
     return 0
@@ -101,11 +103,12 @@ def baseline_of(scale: int) -> str:
     return "bicubic" if scale > 1 else "input"
 
 
-def picture(images: "Images", methods: dict[str, Callable], most: int = 4) -> bytes:
+def picture(images: "Images", methods: dict[str, Callable], space: str, most: int = 4) -> bytes:
     """Draw crops of the results, and return a PNG file.
 
     images: a test set, of which the first `most` images are shown, one in a row. methods: {label: function that upscales an
-    image}, a column each, with the PSNR. The crop is the one where the first of them has the largest error.
+    image}, a column each, with the PSNR. The crop is the one where the first of them has the largest error. space: y or rgb,
+    that of the PSNR.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -115,7 +118,7 @@ def picture(images: "Images", methods: dict[str, Callable], most: int = 4) -> by
         results = {label: upscale(lr) for label, upscale in methods.items()}
         inner = hardest(hr, next(iter(results.values())))
         rows.append([(images.pairs[index].name, hr[inner])] + [
-            (f"{label} {crop_psnr(sr[inner], hr[inner]):.2f} dB", sr[inner]) for label, sr in results.items()])
+            (f"{label} {crop_psnr(sr[inner], hr[inner], space):.2f} dB", sr[inner]) for label, sr in results.items()])
     figure = Figure(figsize=(2 * len(rows[0]), 2.15 * len(rows)), dpi=110, layout="constrained")
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for axes, cells in zip(grid, rows):
@@ -169,10 +172,10 @@ def hardest(hr: np.ndarray, sr: np.ndarray, side: int = CROP) -> tuple[slice, sl
     return np.s_[top:top + side, left:left + side]
 
 
-def crop_psnr(sr: np.ndarray, hr: np.ndarray) -> float:
-    """Return the PSNR in dB of a crop of H x W x 3 uint8 images."""
+def crop_psnr(sr: np.ndarray, hr: np.ndarray, space: str) -> float:
+    """Return the PSNR in dB, on y or rgb, of a crop of H x W x 3 uint8 images."""
     from metric import psnr  # noqa: PLC0415 - imports scikit-image, which takes a second
-    return psnr(np.ascontiguousarray(sr), np.ascontiguousarray(hr), 0)
+    return psnr(np.ascontiguousarray(sr), np.ascontiguousarray(hr), 0, space)
 
 
 if __name__ == "__main__":

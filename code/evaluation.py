@@ -8,12 +8,13 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from data import Images, degrade
 from data.image import write_image
 from metric import psnr, ssim
 from model.reparameterisation import fuse
+from perceptual import PerceptualMetric
 from system import distributed
 from system.device import autocast
 from system.errors import UserError, writing
@@ -44,6 +46,8 @@ class Score:
     ssim: float | None
     seconds: float  # per image, of the upscaling alone
     per_image: list[tuple[str, float, float]] = field(default_factory=list)  # name, PSNR, SSIM of those with ground truth
+    perceptual: dict[str, float | None] = field(default_factory=dict)  # means of --metrics; None where all images lack HR
+    perceptual_per_image: dict[str, dict[str, float]] = field(default_factory=dict)  # of each image, by its name
 
 
 def by_network(net: nn.Module, device: torch.device, args: Namespace,
@@ -88,12 +92,15 @@ def upscale_image(upscale: Callable, images: Images, index: int, lr: np.ndarray)
 
 @retain_freed_memory(torch.device("cpu"))
 def score(upscale: Callable, images: Images, writer: "Writer | None" = None,
-          stop: Callable[[], int] = lambda: False) -> Score | None:
+          stop: Callable[[], int] = lambda: False, space: str = "y",
+          perceptual: Sequence[PerceptualMetric] = ()) -> Score | None:
     """Score `upscale` on a test set, and write the SR images with `writer`; return None if stop() became true.
 
-    Several processes divide the images among themselves; the Score is that of all images.
+    space: y or rgb, that of PSNR and SSIM. perceptual: further metrics. Several processes divide the images among
+    themselves; the Score is that of all images.
     """
     psnrs, ssims, seconds, stopped = [0.0] * len(images), [0.0] * len(images), 0.0, 0
+    others = np.zeros((len(perceptual), len(images)))
     if writer:
         writer.prepare(images)
     shard = range(distributed.rank(), len(images), distributed.world_size())
@@ -107,18 +114,26 @@ def score(upscale: Callable, images: Images, writer: "Writer | None" = None,
         start = time.perf_counter()
         sr = upscale_image(upscale, images, index, lr)
         seconds += time.perf_counter() - start
-        if hr is not None:
-            try:
-                psnrs[index], ssims[index] = psnr(sr, hr, images.shave), ssim(sr, hr, images.shave)
-            except ValueError as error:
-                raise UserError(f"{pair.hr}: {error}") from None
+        try:
+            if hr is not None:
+                psnrs[index], ssims[index] = (metric(sr, hr, images.shave, space) for metric in (psnr, ssim))
+            for values, metric in zip(others, perceptual):
+                if hr is not None or not metric.needs_hr:
+                    values[index] = metric(sr, hr)
+        except ValueError as error:
+            raise UserError(f"{pair.hr or pair.lr}: {error}") from None
         if writer:
             writer.write(images, index, pair.name, sr, lr, hr)
     if distributed.all_reduce_max(stopped):
         return None
-    seconds, *values = distributed.all_reduce_sum([seconds, *psnrs, *ssims])  # each image is scored by one process
-    per_image = [(pair.name, *pair_scores) for pair, *pair_scores in zip(images.pairs, values, values[len(images):])
-                 if pair.hr is not None]
+    # each image is scored by one process
+    seconds, *values = distributed.all_reduce_sum([seconds, *psnrs, *ssims, *others.ravel().tolist()])
+    values = [values[start:start + len(images)] for start in range(0, len(values), len(images))]
+    per_image = [(pair.name, *pair_scores) for pair, *pair_scores in zip(images.pairs, *values[:2]) if pair.hr is not None]
+    perceptual_per_image = {
+        pair.name: {metric.name: value for metric, value in zip(perceptual, image_values)
+                    if pair.hr is not None or not metric.needs_hr}
+        for pair, *image_values in zip(images.pairs, *values[2:])}
     ssims, finite = [ssim for _, _, ssim in per_image], [psnr for _, psnr, _ in per_image if psnr != math.inf]
     exact = len(per_image) - len(finite)
     if exact:
@@ -126,18 +141,29 @@ def score(upscale: Callable, images: Images, writer: "Writer | None" = None,
                  len(images))
     psnr_mean = sum(finite) / len(finite) if finite else math.inf if exact else None
     ssim_mean = sum(ssims) / len(ssims) if ssims else None
-    return Score(images.name, len(images), psnr_mean, ssim_mean, seconds / len(images), per_image)
+    found = {metric.name: [row[metric.name] for row in perceptual_per_image.values() if metric.name in row]
+             for metric in perceptual}
+    perceptual_means = {name: sum(row) / len(row) if row else None for name, row in found.items()}
+    return Score(images.name, len(images), psnr_mean, ssim_mean, seconds / len(images), per_image, perceptual_means,
+                 perceptual_per_image)
 
 
 def image_rows(checkpoint: str, epoch: int | None, scale: int,
-               scores: dict[str, Sequence[tuple[str, float, float]]]) -> list[dict]:
-    """Return the rows of images.csv: the PSNR in dB and the SSIM of each image.
+               scores: dict[str, Sequence[tuple[str, float, float]]],
+               perceptual: Mapping[str, dict[str, dict[str, float]]] = MappingProxyType({})) -> list[dict]:
+    """Return the rows of images.csv: the PSNR in dB, the SSIM, and other metrics of each image.
 
-    checkpoint: name of the file that was tested. epoch: that of the test, None outside of training. scores: for each test
-    set, `Score.per_image`.
+    checkpoint: name of the file that was tested. epoch: that of the test, None outside of training. scores, perceptual: for
+    each test set, `per_image` and `perceptual_per_image` of its `Score`.
     """
-    return [dict(checkpoint=checkpoint, epoch=epoch, dataset=dataset, scale=scale, image=name, psnr=f"{psnr:.6f}",
-                 ssim=f"{ssim:.8f}") for dataset, per_image in scores.items() for name, psnr, ssim in per_image]
+    rows = []
+    for dataset, per_image in scores.items():
+        cells = {name: dict(psnr=f"{psnr:.6f}", ssim=f"{ssim:.8f}") for name, psnr, ssim in per_image}
+        for name, values in perceptual.get(dataset, {}).items():
+            cells[name] = cells.get(name, {}) | {metric: f"{value:.6f}" for metric, value in values.items()}
+        rows += [dict(checkpoint=checkpoint, epoch=epoch, dataset=dataset, scale=scale, image=name, **row)
+                 for name, row in cells.items() if row]
+    return rows
 
 
 def best(history: list[dict]) -> dict[str, tuple[float, int]]:
@@ -209,12 +235,22 @@ class Writer:
             self.waiting.pop(0).result()
 
 
+def width(name: str) -> int:
+    """Return the width of the column of a metric in a table, in characters."""
+    return max(9, len(name) + 2)
+
+
 def table(scores: Sequence[Score], best: dict[str, tuple[float, int]] | None = None) -> str:
     """Format scores as lines of text; `best`, as `best()` returns it, adds two columns."""
-    header = f"{'dataset':<16}{'images':>7}{'PSNR':>9}{'SSIM':>9}{'ms/image':>10}"
+    names = list(dict.fromkeys(name for s in scores for name in s.perceptual))
+    header = f"{'dataset':<16}{'images':>7}{'PSNR':>9}{'SSIM':>9}" + "".join(f"{name:>{width(name)}}" for name in names)
+    header += f"{'ms/image':>10}"
     lines = [header + (f"{'best':>9}{'epoch':>7}" if best else "")]
     for s in scores:
         line = f"{s.dataset:<16}{s.images:>7}" + (f"{'-':>9}{'-':>9}" if s.psnr is None else f"{s.psnr:>9.3f}{s.ssim:>9.4f}")
+        for name in names:
+            value = s.perceptual[name]
+            line += f"{'-':>{width(name)}}" if value is None else f"{value:>{width(name)}.4f}"
         line += f"{1000 * s.seconds:>10.0f}"
         if best and s.dataset in best:
             line += f"{best[s.dataset][0]:>9.3f}{best[s.dataset][1]:>7}"

@@ -24,6 +24,7 @@ from option_types import (
     parse_decay,
     parse_features,
     parse_list,
+    parse_metrics,
     parse_names,
     parse_numbers,
     parse_once,
@@ -365,6 +366,9 @@ def _add_experiment_flags(parser):
     group.add_argument("--reset", action="store_true", help="replace the run in --ckp_dir, if there is one, by a new run")
     group.add_argument("--save_every", type=not_negative, default=60,
                        help="seconds between saves of the training state, from which --resume continues")
+    group.add_argument("--tensorboard", action="store_true",
+                       help="write the curves, and the centre of the first image of each test set, for TensorBoard to the "
+                            "run's folder tensorboard/")
     group.add_argument("--save_models", action="store_true", help="keep the model of each epoch, not only best and latest")
     group.add_argument("--save_results", action="store_true", help="save the upscaled test images")
     group.add_argument("--save_gt", action="store_true", help="save LR and HR images too, with --save_results")
@@ -378,6 +382,14 @@ def _add_testing_flags(parser):
     group.add_argument("--TS", choices=("T", "S"), default="S",
                        help="test the student (S) or the teacher (T), whose checkpoint is --ckp_path, or for T without "
                             "--ckp_path that of --teacher")
+    group.add_argument("--metric_space", choices=("y", "rgb"), default="y",
+                       help="PSNR and SSIM on the Y channel of YCbCr, as in papers on super-resolution, or on RGB, as in "
+                            "most papers on restoration (PSNR over all channels, SSIM as the mean of the channels)")
+    group.add_argument("--shave", type=natural,
+                       help="pixels left out at each border for PSNR and SSIM (default: the scale; 0 at scale 1)")
+    group.add_argument("--metrics", type=parse_metrics, default="", metavar="NAME+NAME",
+                       help="further metrics, computed by the package pyiqa on whole RGB images: lpips+dists+niqe or others "
+                            "of its names; those that need no HR, such as niqe, also on images without")
     group.add_argument("--chop", action="store_true", help="upscale large images in overlapping tiles, to save memory")
     group.add_argument("--chop_mem", type=positive_number,
                        help="memory limit of --chop in GB (10^9 bytes) (default: half of the free memory, on a CPU at most "
@@ -471,6 +483,13 @@ def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.
     args.teacher = args.teacher or [args.model]
     args.teacher_precision = args.teacher_precision or args.precision
     return args
+
+
+def shave_of(args: argparse.Namespace) -> int:
+    """Return the number of pixels that PSNR and SSIM leave out at each border, at args.scale."""
+    if args.shave is not None:
+        return args.shave
+    return args.scale if args.scale > 1 else 0
 
 
 def join_presets(presets: Sequence[dict[str, object]]) -> dict[str, object]:

@@ -155,6 +155,14 @@ def parse_names(string: str) -> list[str]:
     return parse_list(string) if string else []
 
 
+def parse_metrics(string: str) -> list[str]:
+    """Parse 'lpips+niqe', names of metrics of pyiqa without duplicates, and an empty string as an empty list."""
+    names = parse_once(string) if string else []
+    if {"psnr", "ssim"} & set(names):
+        raise argparse.ArgumentTypeError(f"{string!r}: psnr and ssim are always computed; name other metrics")
+    return names
+
+
 def parse_numbers(string: str) -> list[int]:
     """Parse '[6,6,6]', '6,6,6' or '6+6+6' as [6, 6, 6]."""
     return [size(word) for word in parse_list(string)]

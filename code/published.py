@@ -99,13 +99,14 @@ def name_of_run(folder: Path) -> str:
 def comparison(name: str, psnrs: Mapping[str, float | None], args) -> str:
     """Return a line for each data set that compares its PSNR (dB) with the published one; empty where there is none.
 
-    Nothing is compared at another scale or width than the published one.
+    Nothing is compared at another scale or width than the published one, nor on RGB or with other borders shaved.
     """
     found = experiments().get(name)
     if not found:
         return ""
     of_published = int(found.flags["scale"]), float(found.flags.get("width_mult", 0))
-    if of_published != (args.scale, args.width_mult or 0):
+    of_metric = args.metric_space, args.scale if args.shave is None else args.shave
+    if of_published != (args.scale, args.width_mult or 0) or of_metric != ("y", args.scale):
         return ""
     ensemble = "self_ensemble" in found.flags
     how = "" if ensemble == args.self_ensemble else f" with{'' if ensemble else 'out'} self-ensemble"

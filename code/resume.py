@@ -7,6 +7,7 @@ import torch
 from checkpoint import check_history
 from model import describe
 from model.lora import merged
+from option import shave_of
 from system.errors import UserError
 from system.state import check_like, load_optimizer
 
@@ -19,7 +20,8 @@ def identity_of(trainer: "Trainer") -> dict:
     first_test_set = next((f"{images.name}, {len(images)} images" for images in trainer.benchmarks
                            if any(pair.hr for pair in images.pairs)), None)  # its PSNR decides which model is the best
     return {"network": describe(trainer.student), "loss": "+".join(trainer.loss.names),
-            "optimizer": trainer.args.optimizer, "first test set": first_test_set}
+            "optimizer": trainer.args.optimizer, "first test set": first_test_set,
+            "metrics": f"on {trainer.args.metric_space}, {shave_of(trainer.args)} pixels shaved"}
 
 
 def state_of(trainer: "Trainer") -> dict:

@@ -19,6 +19,7 @@ def main() -> int:
     from data import make_benchmarks  # noqa: PLC0415
     from model import describe, fuse, load_with_flags  # noqa: PLC0415
     from model.teachers import teacher_path  # noqa: PLC0415
+    from perceptual import make_metrics  # noqa: PLC0415
     from system.device import pick_device  # noqa: PLC0415
     from system.logger import start_logging  # noqa: PLC0415
 
@@ -35,10 +36,11 @@ def main() -> int:
     log.info("%s: %s", path, describe(net))
 
     folder = option.ROOT / "experiment" / args.ckp_dir if "ckp_dir" in args.given else results_folder(path)
-    upscale = evaluation.by_network(net, device, args)
+    upscale, metrics = evaluation.by_network(net, device, args), make_metrics(args.metrics, device)
     unscored = not all(images.has_hr for images in benchmarks)
     with evaluation.Writer(folder, args.save_gt) if args.save_results or unscored else nullcontext() as writer:
-        scores = [evaluation.score(upscale, images, writer if args.save_results or not images.has_hr else None)
+        scores = [evaluation.score(upscale, images, writer if args.save_results or not images.has_hr else None,
+                                   space=args.metric_space, perceptual=metrics)
                   for images in benchmarks]
     log.info(evaluation.table(scores))
     name = args.published or published.name_of_run(path.resolve().parent.parent)
@@ -46,11 +48,13 @@ def main() -> int:
     if compared and args.TS == "S":
         log.info(compared)
     for score in scores:
-        if score.per_image:
+        rows = evaluation.image_rows(path.name, None, args.scale, {score.dataset: score.per_image},
+                                     {score.dataset: score.perceptual_per_image})
+        if rows:
             table = folder / f"results-{score.dataset}" / "images.csv"
             with writing(table):
                 table.parent.mkdir(parents=True, exist_ok=True)
-            write_table(table, evaluation.image_rows(path.name, None, args.scale, {score.dataset: score.per_image}))
+            write_table(table, rows)
     if writer:
         log.info("images are in %s", folder)
     return 0

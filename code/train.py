@@ -34,9 +34,11 @@ def train(args: Namespace) -> int:
     from distiller import build_distiller  # noqa: PLC0415
     from model import describe  # noqa: PLC0415
     from model.roles import make_networks, teacher_files  # noqa: PLC0415
+    from perceptual import make_metrics  # noqa: PLC0415
     from system import distributed  # noqa: PLC0415
     from system.device import pick_device  # noqa: PLC0415
     from system.logger import log_failure, start_logging  # noqa: PLC0415
+    from tensorboard_log import summary_writer  # noqa: PLC0415
     from trainer import Trainer  # noqa: PLC0415
 
     start_logging()
@@ -45,6 +47,9 @@ def train(args: Namespace) -> int:
     with ExitStack() as stack:
         with distributed.rank_zero_first():
             distributed.check_batch_divisible(args)
+            metrics = make_metrics(args.metrics, device)
+            if args.tensorboard:
+                summary_writer()  # a missing package ends the run here, before images are decoded
             experiment = Experiment(args)
             stack.callback(experiment.end)
             torch.manual_seed(args.seed)
@@ -53,7 +58,7 @@ def train(args: Namespace) -> int:
             criterion = loss.build_loss(args.loss, context)
             distiller = build_distiller(args, student, teachers, criterion)
             crops, benchmarks = Crops(args), make_benchmarks(args)
-            trainer = Trainer(args, distiller, crops, benchmarks, experiment, device)
+            trainer = Trainer(args, distiller, crops, benchmarks, experiment, device, metrics)
             if args.cache_teacher:
                 teacher_cache.prepare(crops, criterion, context, teacher_files(args), device)
             experiment.begin()

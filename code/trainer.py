@@ -5,10 +5,11 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -20,11 +21,13 @@ from data import Crops, Images, make_batches
 from distiller import Distiller
 from loss import concatenate
 from model.lora import merged, merged_parameters
+from perceptual import PerceptualMetric
 from schedule import learning_rate, make_optimizer
 from system import distributed
 from system.errors import UserError
 from system.memory_budget import retain_freed_memory
 from system.signals import Interruption
+from tensorboard_log import IMAGE_SIDE, TensorBoard
 
 log = logging.getLogger("sr")
 
@@ -33,9 +36,9 @@ class Trainer:
     """Train the student of a `Distiller` for --epochs epochs of --test_every iterations, each followed by a test."""
 
     def __init__(self, args: Namespace, distiller: Distiller, crops: Crops, benchmarks: list[Images], experiment: Experiment,
-                 device: torch.device):
+                 device: torch.device, metrics: Sequence[PerceptualMetric] = ()):
         self.args, self.experiment, self.device = args, experiment, device
-        self.crops, self.benchmarks = crops, benchmarks
+        self.crops, self.benchmarks, self.metrics = crops, benchmarks, metrics
         self.distiller = distiller.to(device, memory_format=torch.channels_last)
         self.student, self.loss = distiller.student, distiller.loss
         self.parallel = distiller  # wrapped in `fit`, which all ranks call at the same time; rank 0 builds its trainer first
@@ -48,6 +51,7 @@ class Trainer:
         self.sums = torch.zeros(len(self.loss.names), dtype=torch.float64, device=device)  # of the terms, in this epoch
         # of each term: the sum of its gradient norms over the logged iterations of this epoch, and their number
         self.gradients = torch.zeros(2, len(self.loss.names), dtype=torch.float64, device=device)
+        self.board = None  # the TensorBoard of rank 0, opened by `fit`
         self.last_lr = None  # LR images of the last batch, with which the weights are checked before they are saved
         if experiment.state is not None:
             resume.load_state(self, experiment.state, experiment.folder / "state.pt")
@@ -62,6 +66,9 @@ class Trainer:
         if args.compile:
             self.distiller.compile_networks(args.batch_size // (distributed.world_size() * args.split_batch),
                                             args.patch_size // args.scale)
+        if args.tensorboard and not distributed.rank():
+            untested = self.iteration == (len(self.history) + 1) * args.test_every  # stopped before the test of an epoch
+            self.board = TensorBoard(self.experiment.folder / "tensorboard", self.iteration + (not untested))
         with Interruption() as self.interruption, retain_freed_memory(self.device):
             batches = iter(make_batches(args, self.crops, self.iteration, self.iterations, self.device.type == "cuda"))
             while not self.finished() and not self.interrupted():
@@ -73,6 +80,8 @@ class Trainer:
                 log.info("stopped at iteration %d; %s", self.iteration, "the run is finished" if self.finished() else
                          "the same command with --resume 1 continues")
             del batches  # ends its workers while Ctrl-C is handled
+        if self.board:
+            self.board.close()
         return status
 
     def finished(self) -> bool:
@@ -105,6 +114,8 @@ class Trainer:
                     log.info("[%d/%d] %s  %.2f it/s, waiting for data %.1f %%", self.iteration, self.iterations,
                              format_terms(*self.mean_loss()),
                              (self.iteration - printed) / (now - began), 100 * waited / (now - began))
+                    if self.board and self.iteration != end:
+                        self.board.add(self.iteration, self.loss_scalars(*self.mean_loss()), {})
                     progress.set_postfix_str(format_terms(*self.loss_of(values)), refresh=False)
                     began, waited, printed = now, 0.0, self.iteration
                 elif self.device.type == "cpu":  # on a GPU this would synchronise in every iteration
@@ -133,6 +144,24 @@ class Trainer:
                 means[name] = value / count
                 total += means[name] * (count / (self.iteration - start))
         return total, means
+
+    def loss_scalars(self, total: float, means: dict[str, float]) -> dict[str, float]:
+        """Return the curves of TensorBoard that are written while an epoch is trained: loss, terms, learning rate."""
+        return {"loss/total": total, **{f"loss/{name}": value for name, value in means.items()},
+                "lr": learning_rate(self.args, self.iteration - 1)}
+
+    def add_test_to_board(self, row: dict, upscale: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Write the scores of an epoch of the history and an SR image of each test set to TensorBoard."""
+        scalars = self.loss_scalars(row["total"], row["loss"])
+        for name, (psnr, ssim) in row["scores"].items():
+            others = row.get("perceptual", {}).get(name, {})
+            scalars |= {f"{metric}/{name}": value for metric, value in {"PSNR": psnr, "SSIM": ssim, **others}.items()}
+        crops = {}
+        for images in self.benchmarks:
+            lr, side = images.lr(0), IMAGE_SIDE // images.scale
+            top, left = (max(size - side, 0) // 2 for size in lr.shape[:2])
+            crops[f"SR/{images.name}"] = evaluation.upscale_image(upscale, images, 0, lr[top:top + side, left:left + side])
+        self.board.add(row["iteration"], scalars, crops)
 
     def step(self, lr: torch.Tensor, hr: torch.Tensor, teacher_outputs: torch.Tensor | None = None) -> torch.Tensor:
         """Update the student once, given a batch of `make_batches`; return the weighted values of the terms."""
@@ -211,7 +240,8 @@ class Trainer:
         upscale = evaluation.by_network(tested, self.device, self.args)
         folder = self.experiment.folder
         with evaluation.Writer(folder, self.args.save_gt) if self.args.save_results else nullcontext() as writer:
-            scores = [evaluation.score(upscale, images, writer, stop=lambda: self.interruption.status)
+            scores = [evaluation.score(upscale, images, writer, stop=lambda: self.interruption.status,
+                                       space=self.args.metric_space, perceptual=self.metrics)
                       for images in self.benchmarks]
         if None in scores:
             return
@@ -223,7 +253,8 @@ class Trainer:
             total=total, loss=means,
             scores={s.dataset: (s.psnr, s.ssim) for s in scores if s.psnr is not None},
             images={s.dataset: s.per_image for s in scores if s.psnr is not None},
-            **({"gradients": gradients} if gradients else {})))
+            **({"gradients": gradients} if gradients else {}),
+            **({"perceptual": {s.dataset: s.perceptual for s in scores if s.psnr is not None}} if self.metrics else {})))
         self.sums.zero_()
         self.gradients.zero_()
         best = evaluation.best(self.history)
@@ -233,6 +264,8 @@ class Trainer:
                 row.pop("images", None)  # the scores of all images in all epochs would make the state large
         if distributed.rank():
             return
+        if self.board:
+            self.add_test_to_board(self.history[-1], upscale)
         log.info("epoch %d\n%s", epoch, evaluation.table(scores, best))
         compared = published.comparison(self.args.published, {s.dataset: s.psnr for s in scores}, self.args)
         if compared and self.finished():

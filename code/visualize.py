@@ -98,7 +98,7 @@ def main() -> int:
     for label, net in nets.items():
         results[label], features[label] = run(net.eval().to(device), lr, crop, args, label)
     path = folder / f"visualize_{name}.png"
-    atomic_write(path, draw(hr, crop, results, features))
+    atomic_write(path, draw(hr, crop, results, features, args.metric_space))
     x, y = crop.point[1] * crop.scale, crop.point[0] * crop.scale
     log.info("%s, point %d,%d: %s", name, x, y, os.path.relpath(path))
     return 0
@@ -175,11 +175,12 @@ def run(net: "nn.Module", lr: np.ndarray, crop: Crop, args: Namespace, label: st
     return crop.cut(inference.to_image(sr, net.rgb_range), within), picked
 
 
-def draw(hr: np.ndarray, crop: Crop, results: dict[str, np.ndarray], features: dict[str, dict[int, "Tensor"]]) -> bytes:
+def draw(hr: np.ndarray, crop: Crop, results: dict[str, np.ndarray], features: dict[str, dict[int, "Tensor"]],
+         space: str) -> bytes:
     """Draw results, errors and affinities, and return a PNG file.
 
     hr: the whole image, uint8. results: {label: SR crop}. features: {label: {index: feature map 1 x C x h x w}}, where
-    one label is "teacher".
+    one label is "teacher". space: y or rgb, that of the PSNR.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -189,13 +190,16 @@ def draw(hr: np.ndarray, crop: Crop, results: dict[str, np.ndarray], features: d
     figure = Figure(figsize=(width + 0.8, sum(heights)), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03, wspace=0.02, hspace=0.02)
     upper, lower = figure.subfigures(2, 1, height_ratios=heights)
-    draw_errors(upper, hr, crop, results)
+    draw_errors(upper, hr, crop, results, space)
     draw_affinities(lower, crop, features)
     return to_png(figure)
 
 
-def draw_errors(figure: "Figure", hr: np.ndarray, crop: Crop, results: dict[str, np.ndarray]) -> None:
-    """Draw the image with the crop, the crop of HR, and for each result its crop and |SR - HR| on Y with the PSNR below."""
+def draw_errors(figure: "Figure", hr: np.ndarray, crop: Crop, results: dict[str, np.ndarray], space: str) -> None:
+    """Draw the image with the crop, the crop of HR, and for each result its crop and |SR - HR| on Y with the PSNR below.
+
+    space: y or rgb, that of the PSNR.
+    """
     from matplotlib.patches import Rectangle  # noqa: PLC0415
 
     from metric import rgb_to_y  # noqa: PLC0415
@@ -214,7 +218,7 @@ def draw_errors(figure: "Figure", hr: np.ndarray, crop: Crop, results: dict[str,
     for upper, lower, (label, sr) in zip(above, below, results.items()):
         show(upper, sr, text_of(label))
         drawn = show(lower, errors[label], cmap="magma", vmin=0, vmax=limit)
-        lower.set_xlabel(f"{compare.crop_psnr(sr, truth):.2f} dB", fontsize=8)
+        lower.set_xlabel(f"{compare.crop_psnr(sr, truth, space):.2f} dB", fontsize=8)
     add_bar(figure, drawn, grid, "max", shrink=0.45, anchor=(0, 0.05))
 
 

@@ -24,7 +24,8 @@ ALL_FLAGS = (  # one value that is no default, of each flag
     "--batch_size 8 --split_batch 2 --optimizer SGD --lr 3e-05 --decay cosine --lr_end 1e-7 --warmup 2 --gamma 0.1 "
     "--momentum 0.5 --betas 0.5,0.9 --epsilon 1e-9 --weight_decay 1e-6 --gclip 3 --grad_norm 2 --ema 0.9 --print_every 7 "
     "--decay_from 3 --log_gradients 3 --gan_update before "
-    "--ckp_dir x/y --save_every 2 --save_models --save_results --save_gt --ckp_path z.pt --TS T --chop --chop_mem 1 "
+    "--ckp_dir x/y --save_every 2 --tensorboard --save_models --save_results --save_gt --ckp_path z.pt --TS T "
+    "--chop --chop_mem 1 --metric_space rgb --shave 3 --metrics lpips+niqe "
     "--self_ensemble --image i --point 3,4 --crop 32 --output_size 640x360 --time")
 NOT_WITH_LOSS = {"alpha", "feature_loss_used", "feature_distilation_type"}
 

@@ -279,7 +279,8 @@ def test_a_missing_student_to_start_from_gets_one_line(run_main):
                                                               "Urban100 26.50 (published CSD EDSR x4 0.25: 26.34, +0.16)"]),
     ("CSD/RCAN/x4/0.5", "--width_mult 0.5",
      ["Urban100 26.50 (published CSD RCAN x4 0.5 with self-ensemble: 26.655, -0.16)"]),
-    ("CSD/EDSR/x4/0.25", "--self_ensemble", []),
+    ("CSD/EDSR/x4/0.25", "--self_ensemble", []), ("FAKD/RCAN/x4", "--metric_space rgb", []),
+    ("FAKD/RCAN/x4", "--shave 0", []),
 ])
 def test_scores_are_compared_with_the_published_ones(name, flags, lines):
     psnrs = {"Set5": 32.41, "mine": 30.0, "Urban100": 26.499, "Demo": None, "DIV2K": 29.0}

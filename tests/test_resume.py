@@ -308,7 +308,7 @@ def test_exact_images_are_left_out_of_the_mean_and_the_log_has_their_number(monk
     monkeypatch.setattr(evaluation, "psnr", lambda *_: next(values))
     monkeypatch.setattr(evaluation, "ssim", lambda *_: 0.5)
     monkeypatch.setattr(evaluation.log, "propagate", True)
-    images = type("Images", (), dict(name="A", scale=2, pairs=[SimpleNamespace(name="x", hr="x")] * 4, lr=lambda *_: 0,
+    images = type("Images", (), dict(name="A", shave=2, pairs=[SimpleNamespace(name="x", hr="x")] * 4, lr=lambda *_: 0,
                                      hr=lambda *_: 0, __len__=lambda _: 4))()
     with caplog.at_level("INFO", "sr"):
         score = evaluation.score(lambda lr: lr, images)

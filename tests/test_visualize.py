@@ -146,14 +146,15 @@ def test_the_drawn_affinities_are_cosine_similarities():
     assert f"SA {expected[2].mean():.3f}" in labels
 
 
-def test_the_drawn_errors_are_those_on_y():
+@pytest.mark.parametrize("space, psnr", [("y", "29.45 dB"), ("rgb", "28.13 dB")])
+def test_the_drawn_errors_are_those_on_y(space, psnr):
     hr = np.full((24, 24, 3), 100, np.uint8)
     sr = np.full((16, 16, 3), 110, np.uint8)
     crop = visualize.Crop((slice(0, 8), slice(2, 10)), (3, 3), 2)
     figure = Figure()
-    visualize.draw_errors(figure, hr, crop, {"bicubic": sr, "teacher": hr[:16, :16]})
+    visualize.draw_errors(figure, hr, crop, {"bicubic": sr, "teacher": hr[:16, :16]}, space)
     error, exact = drawn_images(figure)[-2:]
     np.testing.assert_allclose(error, 10 * 219 / 255, rtol=1e-3)
     assert not exact.any()
     labels = [axis.get_xlabel() for axis in figure.findobj(lambda artist: hasattr(artist, "get_xlabel"))]
-    assert "29.45 dB" in labels and "inf dB" in labels
+    assert psnr in labels and "inf dB" in labels

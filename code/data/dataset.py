@@ -13,6 +13,7 @@ from data import degrade
 from data.cache import Cache, cache_folder
 from data.image import read_image, read_photo, reading
 from data.source import default_cache, find
+from option import shave_of
 from option_types import Stage, crop_stages
 from system.errors import UserError
 
@@ -25,8 +26,8 @@ class Images:
     def __init__(self, name: str, args: Namespace, train: bool):
         source = find(name, args, train)
         self.name, self.pairs, self.scale, self.train = name, source.pairs, args.scale, train
+        self.shave = shave_of(args)  # pixels that PSNR and SSIM leave out at each border
         self.lr_kind = f"LR_X{args.scale}" if self.pairs[0].lr else f"LR_made_X{args.scale}"
-        self.shave = args.scale if args.scale > 1 else 0  # pixels that PSNR and SSIM leave out at each border
         self.sizes = {}  # index: height and width of the HR image; filled by `prepare`
         folder = None
         if args.ext == "sep" and name != "Demo":
@@ -96,8 +97,8 @@ class Images:
                     continue
                 least = 0 if self.train else MIN_SIDE + 2 * self.shave
                 if min(hr.shape[:2]) < least:
-                    raise UserError(f"{file}: {hr.shape[1]} x {hr.shape[0]} pixels are too few to score at scale "
-                                    f"{self.scale}: SSIM needs {least} a side; remove the image")
+                    raise UserError(f"{file}: {hr.shape[1]} x {hr.shape[0]} pixels are too few to score after "
+                                    f"{self.shave} are shaved off each border: SSIM needs {least} a side; remove the image")
                 sizes[index] = hr.shape[:2]
         with self.cache.building(self.lr_kind):
             for index in progress(range(len(self)), f"reading {self.name} LR"):
