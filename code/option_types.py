@@ -342,11 +342,12 @@ DEGRADATIONS = {  # name: least and largest parameter, the range without one; No
 
 
 def parse_degradation(string: str) -> str:
-    """Check a description of degradations, such as 'blur+noise0-55', and return it."""
+    """Check a description of degradations, such as 'blur+noise0-55', or an empty one, and return it."""
     try:
-        degradation_steps(string)
+        if string:
+            degradation_steps(string)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{string[:80]!r}: {error}") from None
+        raise argparse.ArgumentTypeError(str(error)) from None
     return string
 
 
@@ -356,12 +357,12 @@ def degradation_steps(description: str) -> list[tuple[str, float, float]]:
     for word in description.split("+"):
         match = re.fullmatch(r"([a-z]+)([0-9.]{1,9})?(?:-([0-9.]{1,9}))?", word)
         if not match or match[1] not in DEGRADATIONS:
-            raise ValueError(f"{word!r} is not a degradation such as noise25, noise0-55, jpeg10-40, blur, rain, realesrgan")
+            raise ValueError(f"{word[:40]!r} is not a degradation such as noise25, noise0-55, jpeg10-40, blur, rain, realesrgan")
         name, low, high = match.groups()
         limits = DEGRADATIONS[name]
         if limits is None:
             if low or high:
-                raise ValueError(f"{name} takes no number")
+                raise ValueError(f"{word!r}: {name} takes no number")
             steps.append((name, 0, 0))
             continue
         least, most, default = limits
@@ -371,8 +372,8 @@ def degradation_steps(description: str) -> list[tuple[str, float, float]]:
         except (TypeError, ValueError):
             low = high = -1
         if not least <= low <= high <= most or not high:
-            raise ValueError(f"{name} takes a {'whole ' * (kind is int)}number in {least}..{most}, or a range of them such as "
-                             f"{name}{10}-{40}")
+            raise ValueError(f"{word!r}: {name} takes a {'whole ' * (kind is int)}number in {least}..{most}, or a range such "
+                             f"as {name}10-40")
         steps.append((name, low, high))
     if len(steps) > 1 and "realesrgan" in [name for name, _, _ in steps]:
         raise ValueError("realesrgan includes all degradations and cannot be part of a sum")

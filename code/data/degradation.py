@@ -32,11 +32,11 @@ PATH_STEPS = 64
 TURN = 1.5  # radians: the largest standard deviation of a motion's direction at its end
 RAIN_LENGTH, RAIN_RADIUS = (15, 35), 20  # pixels
 RAIN_ANGLE = math.pi / 6  # largest angle from the vertical
-RAIN_DENSITY = 5e-4, 2.5e-3  # of drops, per pixel
-RAIN_BRIGHTNESS = 80, 200  # grey levels that a streak adds at most
+RAIN_DENSITY = 1e-3, 6e-3  # of drops, per pixel
+RAIN_BRIGHTNESS = 50, 150  # grey levels that a streak adds at most
 BLUR_RADIUS = 10  # of Real-ESRGAN's kernels, 21 x 21
-# of the two stages: standard deviation of the blur; probabilities of larger, smaller and equal size, and the range of factors;
-# standard deviation of Gaussian noise and factor of Poisson noise
+# of the two stages: standard deviation of the blur; probabilities of a larger and of a smaller size, and the range of their
+# factors; standard deviation of Gaussian noise; factor of Poisson noise
 STAGES = (dict(sigma=(0.2, 3), resize=(0.2, 0.7), factors=(0.15, 1.5), gaussian=(1, 30), poisson=(0.05, 3)),
           dict(sigma=(0.2, 1.5), resize=(0.3, 0.4), factors=(0.3, 1.2), gaussian=(1, 25), poisson=(0.05, 2.5)))
 SINC, SECOND_BLUR, FINAL_SINC, GAUSSIAN, GRAY = 0.1, 0.8, 0.8, 0.5, 0.4  # probabilities
@@ -94,6 +94,7 @@ class Degradation:
 
     def __init__(self, description: str, scale: int):
         self.steps, self.scale = degradation_steps(description), scale
+        self.from_hr = self.steps[0][0] not in AFTER_DOWNSCALING  # else LR is made from the downscaled image
 
     @torch.no_grad()
     def __call__(self, lr: torch.Tensor, hr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,19 +106,22 @@ class Degradation:
         return self.apply(lr, hr, [first, *local_shard(torch.tensor(seeds)).tolist()])
 
     @torch.no_grad()
-    def test_image(self, lr: np.ndarray, hr: np.ndarray, name: str) -> np.ndarray:
-        """Return LR for a test image, uint8 H x W x 3; its random numbers follow from the name of the image alone."""
+    def test_image(self, image: np.ndarray, name: str) -> np.ndarray:
+        """Return LR for a test image, uint8 H x W x 3; its random numbers follow from the name of the image alone.
+
+        image: HR if `from_hr`, else the downscaled image.
+        """
         seed = zlib.crc32(name.encode())
-        pair = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] for image in (lr, hr))
-        return self.apply(*pair, [seed, seed])[0][0].permute(1, 2, 0).contiguous().numpy()
+        batch = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        return np.ascontiguousarray(self.apply(batch, batch, [seed, seed])[0][0].permute(1, 2, 0).numpy())
 
     def apply(self, lr: torch.Tensor, hr: torch.Tensor, seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return LR and HR, uint8; lr is used where nothing precedes the downscaling. seeds: as of `Draws`."""
+        """Return LR and HR, uint8; lr is used unless `from_hr`, hr otherwise. seeds: as of `Draws`."""
         draws = Draws(seeds, hr.device)
         if self.steps[0][0] == "realesrgan":
             hr = usm_sharpen(hr.float())
             return to_uint8(second_order(hr, self.scale, draws)), to_uint8(hr)
-        images, downscaled = (lr.float(), True) if self.steps[0][0] in AFTER_DOWNSCALING else (hr.float(), False)
+        images, downscaled = (hr if self.from_hr else lr).float(), not self.from_hr
         for name, low, high in self.steps:
             if name in AFTER_DOWNSCALING and not downscaled:
                 images, downscaled = self.downscale(images), True
@@ -173,7 +177,8 @@ def random_rain(images: torch.Tensor, _low: float, _high: float, draws: Draws) -
 OPERATIONS = {"noise": random_noise, "jpeg": random_jpeg, "blur": random_motion_blur, "rain": random_rain}
 
 
-def add_noise(images: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, gray: torch.Tensor | None = None) -> torch.Tensor:
+def add_noise(images: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor,
+              gray: torch.Tensor | None = None) -> torch.Tensor:
     """Add noise N x 3 x H x W times sigma (N); for images that are chosen by `gray` (N), its first channel to all."""
     if gray is not None:
         noise = torch.where(gray.to(images.device, non_blocking=True).view(-1, 1, 1, 1), noise[:, :1], noise)
@@ -257,8 +262,8 @@ def either_noise(images: torch.Tensor, stage: dict, draws: Draws) -> torch.Tenso
 def poisson_noise(images: torch.Tensor, gray: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Draw the shot noise of images, for those chosen by `gray` (N) of their luminance.
 
-    A pixel of value v in [0, 255] has v / 255 * c photons, where c is the number of the image's values, rounded up to a power
-    of two (as in scikit-image).
+    A pixel of value v in [0, 255] has v / 255 * c photons, where c is the number of different values in the image, rounded
+    up to a power of two (as in scikit-image).
     """
     weights = images.new_tensor((0.2989, 0.587, 0.114)).view(3, 1, 1)
     luminance = (images * weights).sum(1, keepdim=True).expand_as(images)

@@ -16,8 +16,8 @@ def filter_images(images: torch.Tensor, kernels: torch.Tensor, padding: str = "r
 
     padding: what np.pad calls its mode; unlike PyTorch's, the padding may be larger than the image.
     """
-    (n, c, height, width), (k, l) = images.shape, kernels.shape[1:]
-    for axis, size, side in ((2, height, k), (3, width, l)):
+    (n, c, height, width), sides = images.shape, kernels.shape[1:]
+    for axis, size, side in zip((2, 3), (height, width), sides):
         if side > 1:
             images = images.index_select(axis, padding_index(size, side // 2, padding, images.device))
     kernels = kernels.to(images, non_blocking=True).repeat_interleave(c, 0)[:, None]
