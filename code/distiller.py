@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from data import eco
+from data.degradation import Degradation
 from data.teacher_cache import decode
 from data.views import View, forward_by_size, make_views
 from loss import Loss, LossInputs, Output
@@ -38,6 +39,7 @@ class Distiller(nn.Module):
     they are made in the first and then in every such iteration, with their weights multiplied by this number. n_zoom_in:
     tiles per image. zoom_in_tiles: `image` or `batch`, for which the tiles are drawn. label_consistency: probability of each
     operation on the student's inputs (loss/consistency.py) of the views label_consistency_views, `all` of them by default.
+    degradation: makes LR of each batch anew (data/degradation.py); None leaves it as it is.
     eco_iterations: the number of iterations of a run with ECO (data/eco.py), 0 without it.
     rgb_range: maximum of the images that the networks take. precision: single, half or bf16, that of the student and of
     a teacher that is trained too. teacher_precision: that of networks that are not trained, teachers and the history model
@@ -46,13 +48,14 @@ class Distiller(nn.Module):
 
     def __init__(self, student: nn.Module, teachers: Sequence[nn.Module], loss: Loss, *, upcycle: Sequence = (),
                  upcycle_every: int = 1, n_zoom_in: int = 1, zoom_in_tiles: str = "image", label_consistency: float = 0,
-                 label_consistency_views: Collection[str] = ("all",), eco_iterations: int = 0, rgb_range: float = 255,
-                 precision: str = "single", teacher_precision: str | None = None):
+                 label_consistency_views: Collection[str] = ("all",), degradation: Degradation | None = None,
+                 eco_iterations: int = 0, rgb_range: float = 255, precision: str = "single",
+                 teacher_precision: str | None = None):
         super().__init__()
         self.student, self.teachers, self.loss = student, nn.ModuleList(teachers), loss
         self.make_views = partial(make_views, scale=student.scale, n_zoom_in=n_zoom_in, zoom_in_tiles=zoom_in_tiles)
         self.upcycle = [(weight * upcycle_every, name) for weight, name in upcycle]
-        self.upcycle_every, self.eco_iterations = upcycle_every, eco_iterations
+        self.upcycle_every, self.eco_iterations, self.degradation = upcycle_every, eco_iterations, degradation
         self.label_consistency, self.label_consistency_views = label_consistency, label_consistency_views
         self.rgb_range, self.precision, self.teacher_precision = rgb_range, precision, teacher_precision or precision
         self.compiled = {}  # network: its compiled form, for training only: test images have many sizes
@@ -86,8 +89,10 @@ class Distiller(nn.Module):
         weighted value of each term without a graph (with log_gradients also the squared norms of their gradients, see
         `Loss.forward`), and the detached inputs of the original batch, for `loss.update` after the optimiser step.
         """
-        views = self.make_views(lr.to(self.device, non_blocking=True), hr.to(self.device, non_blocking=True),
-                                upcycle=() if iteration % self.upcycle_every else self.upcycle)
+        lr, hr = (x.to(self.device, non_blocking=True) for x in (lr, hr))
+        if self.degradation:
+            lr, hr = self.degradation(lr, hr)
+        views = self.make_views(lr, hr, upcycle=() if iteration % self.upcycle_every else self.upcycle)
         views = [view for view in views if self.loss.terms_on(view.name, view.hr is not None, iteration)]
         for view in views:
             view.lr, view.hr = self.to_input(view.lr), None if view.hr is None else self.to_input(view.hr)
@@ -189,5 +194,6 @@ def build_distiller(args: Namespace, student: nn.Module, teachers: Sequence[nn.M
     return Distiller(student, teachers, loss, upcycle=args.upcycle, upcycle_every=args.upcycle_every,
                      n_zoom_in=args.n_zoom_in, zoom_in_tiles=args.zoom_in_tiles, label_consistency=args.label_consistency,
                      label_consistency_views=args.label_consistency_views,
+                     degradation=Degradation(args.degrade, student.scale) if args.degrade else None,
                      eco_iterations=args.epochs * args.test_every if args.eco else 0, rgb_range=args.rgb_range,
                      precision=args.precision, teacher_precision=args.teacher_precision)

@@ -22,6 +22,7 @@ from option_types import (
     order,
     parse_betas,
     parse_decay,
+    parse_degradation,
     parse_features,
     parse_list,
     parse_metrics,
@@ -149,6 +150,13 @@ def _add_data_flags(parser):
     group.add_argument("--scale", type=int, choices=(1, 2, 3, 4, 8), default=4,
                        help="upscaling factor; 1 for restoration at equal size (denoising, deblurring, deraining), where "
                             "LR is the degraded image")
+    group.add_argument("--degrade", type=parse_degradation, default="", metavar="KIND",
+                       help="degrade the inputs: of training at random, each batch anew, of tests in the same way in every "
+                            "run. noise25, noise0-55: Gaussian noise of this standard deviation, or of one uniform in the "
+                            "range for each image; jpeg40, jpeg10-40: JPEG of this quality; blur, blur5-15: synthetic "
+                            "motion blur along a path of this length in pixels; rain: synthetic rain; sums such as "
+                            "blur+noise10+jpeg50-90, in this order, where HR is downscaled before the first noise or JPEG; "
+                            "realesrgan: the second-order degradations of Real-ESRGAN, for training with sharpened HR")
     group.add_argument("--patch_size", type=size, default=192, help="side of the training crops in HR pixels")
     group.add_argument("--no_augment", action="store_true", help="disable random flips and transposes of the crops")
     group.add_argument("--rgb_range", type=pixel_range, default=255,
@@ -564,6 +572,13 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
                          "or give --upcycle= where a preset such as DUKD contains it")
         if args.eco:
             parser.error("--scale 1: --eco needs a scale of 2 or more, as its inputs are downscaled teacher outputs")
+    if args.degrade:
+        for name, effect in (("cache_teacher", "caches the outputs for others (in place of best, give best_running)"),
+                             ("eco", "mixes them with inputs that are not degraded"),
+                             ("upcycle", "adds inputs that are not degraded, or degraded ground truth")):
+            if getattr(args, name):
+                parser.error(f"--degrade {args.degrade} makes new inputs in each iteration, but --{name} {effect}: give one "
+                             "of them")
     if args.cache_teacher and args.ext == "img":
         parser.error("--cache_teacher needs the data cache, which --ext img disables: give one of them")
     if args.lora_rank and not args.pre_train:

@@ -392,6 +392,51 @@ def parse_view_names(string: str) -> list[str]:
     return names
 
 
+# ---- degradations
+
+DEGRADATIONS = {  # name: least and largest parameter, the range without one; None for those without a parameter
+    "noise": (0, 255, None), "jpeg": (1, 100, None), "blur": (1, 99, (5, 15)), "rain": None, "realesrgan": None}
+
+
+def parse_degradation(string: str) -> str:
+    """Check a description of degradations, such as 'blur+noise0-55', or an empty one, and return it."""
+    try:
+        if string:
+            degradation_steps(string)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return string
+
+
+def degradation_steps(description: str) -> list[tuple[str, float, float]]:
+    """Return the name and the range of the parameter of each degradation, 0 to 0 without one; raises ValueError."""
+    steps = []
+    for word in description.split("+"):
+        match = re.fullmatch(r"([a-z]+)([0-9.]{1,9})?(?:-([0-9.]{1,9}))?", word)
+        if not match or match[1] not in DEGRADATIONS:
+            raise ValueError(f"{word[:40]!r} is not a degradation such as noise25, noise0-55, jpeg10-40, blur, rain, realesrgan")
+        name, low, high = match.groups()
+        limits = DEGRADATIONS[name]
+        if limits is None:
+            if low or high:
+                raise ValueError(f"{word!r}: {name} takes no number")
+            steps.append((name, 0, 0))
+            continue
+        least, most, default = limits
+        kind = int if name == "jpeg" else float
+        try:
+            low, high = default if default and not (low or high) else (kind(low), kind(high or low))
+        except (TypeError, ValueError):
+            low = high = -1
+        if not least <= low <= high <= most or not high:
+            raise ValueError(f"{word!r}: {name} takes a {'whole ' * (kind is int)}number in {least}..{most}, or a range such "
+                             f"as {name}10-40")
+        steps.append((name, low, high))
+    if len(steps) > 1 and "realesrgan" in [name for name, _, _ in steps]:
+        raise ValueError("realesrgan includes all degradations and cannot be part of a sum")
+    return steps
+
+
 # ---- paths
 
 def expanded(name: str, value: str | list[str]) -> str | list[str]:

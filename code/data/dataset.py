@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from data import degrade
 from data.cache import Cache, cache_folder
+from data.degradation import Degradation
 from data.image import read_image, read_photo, reading
 from data.source import default_cache, find
 from option import shave_of
@@ -28,6 +29,9 @@ class Images:
         self.name, self.pairs, self.scale, self.train = name, source.pairs, args.scale, train
         self.shave = shave_of(args)  # pixels that PSNR and SSIM leave out at each border
         self.lr_kind = f"LR_X{args.scale}" if self.pairs[0].lr else f"LR_made_X{args.scale}"
+        self.degradation = None  # of tests; for training each crop is degraded anew (distiller.py)
+        if args.degrade and not train:
+            self.degradation, self.lr_kind = Degradation(args.degrade, args.scale), f"{self.lr_kind}_{args.degrade}"
         self.sizes = {}  # index: height and width of the HR image; filled by `prepare`
         folder = None
         if args.ext == "sep" and name != "Demo":
@@ -54,15 +58,28 @@ class Images:
         return hr
 
     def lr(self, index: int) -> np.ndarray:
-        """Return LR as uint8 H x W x 3: from its file if there is one, else HR after bicubic downscaling, at scale 1 HR."""
+        """Return LR as uint8 H x W x 3: from its file if there is one, else HR after bicubic downscaling, at scale 1 HR.
+
+        For tests with --degrade it is degraded, in the same way in every run.
+        """
         pair = self.pairs[index]
         if pair.hr is None:
             return read_image(pair.lr)[0]
-        if pair.lr is None and self.scale == 1:
+        from_hr = pair.lr is None or (self.degradation is not None and self.degradation.from_hr)
+        if from_hr and self.degradation is None and self.scale == 1:
             return self.hr(index)
-        lr = self.cache.get(pair.lr or pair.hr, self.lr_kind, read_photo if pair.lr else self._downscale)
-        self._check_unchanged(index, pair.lr or pair.hr, lr, self.scale)
+        file = pair.hr if from_hr else pair.lr
+        lr = self.cache.get(file, self.lr_kind, lambda file: self._make_lr(file, from_hr, pair.name))
+        self._check_unchanged(index, file, lr, self.scale)
         return lr
+
+    def _make_lr(self, file, from_hr, name):
+        """Make LR from the file of HR, or else of LR."""
+        if self.degradation is None or not self.degradation.from_hr:
+            image = self._downscale(file) if from_hr else read_photo(file)
+        else:
+            image = degrade.crop_to_multiple(self.cache.get(file, "HR", read_photo), self.scale)
+        return image if self.degradation is None else self.degradation.test_image(image, name)
 
     def _downscale(self, file: Path) -> np.ndarray:
         try:

@@ -61,14 +61,14 @@ def _resize(x, height, width, extension, margin, rounded=True):
     """Resize each axis in turn: extend it by `extension` pixels, resize, and crop `margin` pixels of the result."""
     kind = x.dtype if rounded else torch.float32
     for axis, size in ((2, height), (3, width)):
-        extended = x.index_select(axis, _symmetric_index(x.shape[axis], extension, x.device)).double()
+        extended = x.index_select(axis, padding_index(x.shape[axis], extension, "symmetric", x.device)).double()
         shape = [size + 2 * margin if a == axis else x.shape[a] for a in (2, 3)]
         resized = F.interpolate(extended, shape, mode="bicubic", antialias=True)
         x = (resized.add_(0.5).floor_().clamp_(0, 255) if rounded else resized).narrow(axis, margin, size)
     return x.to(kind)
 
 
-@lru_cache(maxsize=64)
-def _symmetric_index(size, extension, device):
-    """Return the index that extends an axis of `size` pixels symmetrically; F.pad has no such mode."""
-    return torch.from_numpy(np.pad(np.arange(size), extension, mode="symmetric")).to(device)
+@lru_cache(maxsize=256)
+def padding_index(size: int, extension: int, mode: str, device: torch.device) -> torch.Tensor:
+    """Return the index that extends an axis of `size` pixels on both sides, in a mode of np.pad; F.pad has few of them."""
+    return torch.from_numpy(np.pad(np.arange(size), extension, mode=mode)).to(device)

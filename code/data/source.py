@@ -46,7 +46,7 @@ def find(name: str, args: Namespace, train: bool) -> Source:
     """
     with reading(args.dir_data):
         source = _find(name, args, train)
-    if args.scale == 1 and not getattr(args, "degrade", "") and any(pair.lr is None for pair in source.pairs):
+    if args.scale == 1 and not args.degrade and any(pair.lr is None for pair in source.pairs):
         raise UserError(f"--scale 1: {name} has no degraded images, and the input would be HR itself; name the folders of "
                         "inputs and targets with --pair_dirs INPUT/TARGET, or degrade HR with --degrade KIND")
     return source

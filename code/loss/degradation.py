@@ -2,6 +2,8 @@
 import torch
 import torch.nn.functional as F
 
+from data.degradation import MODES, add_noise
+from data.filters import filter_images, gaussian
 from system.distributed import global_batch_size, local_shard
 
 RADIUS = 5  # of the largest blur kernel, 11
@@ -25,37 +27,19 @@ def degrade(images: torch.Tensor, rgb_range: float, noise: float = 1, blur: floa
 
 def random_noise(images: torch.Tensor, rgb_range: float) -> torch.Tensor:
     """Add Gaussian noise, sigma uniform in [1, 30] out of 255; with probability 0.5 gray, equal in all channels."""
-    sigma = uniform(len(images), 1, 30).view(-1, 1, 1, 1) * (rgb_range / 255)
-    gray = local_shard(torch.rand(global_batch_size(len(images))) < 0.5).view(-1, 1, 1, 1)
+    sigma = uniform(len(images), 1, 30) * (rgb_range / 255)
+    gray = local_shard(torch.rand(global_batch_size(len(images))) < 0.5)
     shape = global_batch_size(len(images)), *images.shape[1:]
-    noise = local_shard(torch.randn(shape, dtype=images.dtype, device=images.device))
-    noise = torch.where(gray.to(images.device, non_blocking=True), noise[:, :1], noise)
-    return images + noise * sigma.to(images, non_blocking=True)
+    return add_noise(images, local_shard(torch.randn(shape, dtype=images.dtype, device=images.device)), sigma, gray)
 
 
 def random_blur(images: torch.Tensor, _: float) -> torch.Tensor:
     """Blur with a Gaussian of odd size in 3..11 and sigma in [0.1, 2] for each axis; edge pixels are replicated."""
     radius = local_shard(torch.randint(1, RADIUS + 1, (global_batch_size(len(images)), 1)))
-    for axis in (2, 3):
-        kernels = gaussian(uniform(len(images), 0.1, 2)[:, None], radius).to(images, non_blocking=True)
-        images = blur_axis(images, kernels, axis)
+    for axis in (2, 1):
+        kernels = gaussian(uniform(len(images), 0.1, 2)[:, None], radius)
+        images = filter_images(images, kernels.unsqueeze(axis), "edge")
     return images
-
-
-def gaussian(sigma: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Compute N x 11 kernels of sum 1, zero beyond the radius, from N x 1 of each."""
-    place = torch.arange(-RADIUS, RADIUS + 1)
-    kernel = torch.exp(-0.5 * (place / sigma) ** 2) * (place.abs() <= radius)
-    return kernel / kernel.sum(1, keepdim=True)
-
-
-def blur_axis(images: torch.Tensor, kernels: torch.Tensor, axis: int) -> torch.Tensor:
-    """Blur each image by its own kernel along axis 2 or 3."""
-    n, c, height, width = images.shape
-    padding = (0, 0, RADIUS, RADIUS) if axis == 2 else (RADIUS, RADIUS, 0, 0)
-    padded = F.pad(images, padding, mode="replicate")
-    kernels = kernels.repeat_interleave(c, 0).view(n * c, 1, *((-1, 1) if axis == 2 else (1, -1)))
-    return F.conv2d(padded.reshape(1, n * c, *padded.shape[2:]), kernels, groups=n * c).view(n, c, height, width)
 
 
 def random_resize(images: torch.Tensor, _: float) -> torch.Tensor:
@@ -67,7 +51,7 @@ def random_resize(images: torch.Tensor, _: float) -> torch.Tensor:
     larger, part = torch.rand(2).tolist()
     factor = 1 + part / 2 if larger < 0.25 else 1 - part / 2
     for target in ([max(1, round(side * factor)) for side in size], size):
-        mode = ("area", "bilinear", "bicubic")[int(torch.randint(3, ()))]
+        mode = MODES[int(torch.randint(len(MODES), ()))]
         images = F.interpolate(images, size=tuple(target), mode=mode)
     return images
 
