@@ -52,7 +52,20 @@ class Score:
 
 def by_network(net: nn.Module, device: torch.device, args: Namespace,
                label: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function that upscales a uint8 H x W x 3 image with the network, which is moved to the device.
+    """Return a function that upscales a uint8 H x W x 3 image with the network, as `forward_function` does."""
+    forward = forward_function(net, device, args, label)
+
+    def upscale(lr):
+        # a tiled image stays in main memory, and only its tiles are moved to the device
+        x = torch.from_numpy(np.array(lr)).permute(2, 0, 1)[None].to("cpu" if args.chop else device).float()
+        x = x * (net.rgb_range / 255) if net.rgb_range != 255 else x
+        return inference.to_image(forward(x), net.rgb_range)
+    return upscale
+
+
+def forward_function(net: nn.Module, device: torch.device, args: Namespace,
+                     label: str | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that upscales 1 x 3 x H x W in [0, net.rgb_range] with the network, which is moved to the device.
 
     It applies --precision, --chop and --self_ensemble, and raises FloatingPointError, with the label of the network, where
     an output is NaN or infinite. Re-parameterised convolutions are fused once, with the weights of this call.
@@ -60,18 +73,15 @@ def by_network(net: nn.Module, device: torch.device, args: Namespace,
     # in channels_last, convolutions on a CPU do not have to reorder their inputs
     net = fuse(net).to(device, memory_format=torch.channels_last)
 
-    def upscale(lr):
-        # a tiled image stays in main memory, and only its tiles are moved to the device
-        x = torch.from_numpy(np.array(lr)).permute(2, 0, 1)[None].to("cpu" if args.chop else device).float()
-        x = x * (net.rgb_range / 255) if net.rgb_range != 255 else x
+    def forward(x):
         with autocast(device, args.precision):
             sr = inference.upscale(net, x, args.chop, args.self_ensemble, args.chop_mem and 1e9 * args.chop_mem)
         if not torch.stack(sr.aminmax()).isfinite().all():  # one pass: NaN propagates to both
             advice = "use --precision single or bf16" if args.precision == "half" else "its weights do not suit this image"
             raise FloatingPointError(f"the output of {label or type(net).__name__} is NaN or infinite in --precision "
                                      f"{args.precision}; {advice}")
-        return inference.to_image(sr, net.rgb_range)
-    return upscale
+        return sr
+    return forward
 
 
 def by_bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:

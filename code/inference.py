@@ -60,13 +60,14 @@ def chop(net: nn.Module, lr: torch.Tensor, tile: int | None = None, tile_pad: in
     memory: bytes that a forward pass may take. Among the tilings that fit, the one with the fewest computed pixels is
     chosen; an image that fits is not divided. The default is half of the free memory, on a CPU at most 1 GB; or 1 GB for
     networks with global operations, so that their results do not depend on the machine.
-    tile: size of the tiles in LR pixels, in place of `memory`.
+    tile: size of the tiles in LR pixels, in place of `memory`. The default is net.tile, where the network has one.
 
     Tiles start at multiples of net.window. If a GPU runs out of memory, smaller tiles are tried. Raises UserError where
     `memory` is too small for the smallest tiles, which are as large as their overlap.
     """
     device, align = next(net.parameters()).device, net.window
     tile_pad = _round_up((net.receptive_field or GLOBAL_TILE_PAD) if tile_pad is None else tile_pad, align)
+    tile = tile or getattr(net, "tile", None)
     sr = lr.new_empty(lr.shape[0], 3, lr.shape[2] * net.scale, lr.shape[3] * net.scale)
     if tile:
         return _run_tiles(sr, net, lr, *(_divide(size, _round_up(tile, align), tile_pad, align) for size in lr.shape[2:]))
@@ -155,10 +156,11 @@ def _round_up(number, multiple):
     return -(-number // multiple) * multiple
 
 
-def to_image(sr: torch.Tensor, rgb_range: float = 255) -> np.ndarray:
-    """Convert 1 x 3 x H x W in [0, rgb_range] to a uint8 array H x W x 3, clamped and rounded."""
-    image = torch.empty(*sr.shape[2:], 3, dtype=torch.uint8, device=sr.device)
+def to_image(sr: torch.Tensor, rgb_range: float = 255, dtype: torch.dtype = torch.uint8) -> np.ndarray:
+    """Convert 1 x C x H x W in [0, rgb_range] to H x W x C of the dtype, uint8 or uint16, clamped and rounded."""
+    peak = torch.iinfo(dtype).max
+    image = torch.empty(*sr.shape[2:], sr.shape[1], dtype=dtype, device=sr.device)
     for channel, x in enumerate(sr[0]):  # one by one, since a float copy of a large image may not fit in memory
-        x = x.float() if rgb_range == 255 else x.float() * (255 / rgb_range)
-        image[..., channel] = x.clamp(0, 255).round_()
+        x = x.float() if rgb_range == peak else x.float() * (peak / rgb_range)
+        image[..., channel] = x.clamp(0, peak).round_()
     return image.cpu().numpy()

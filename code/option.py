@@ -591,9 +591,9 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--eco needs a fixed teacher, but --width_mult trains it with the student: give one of them")
     if "lr_end" in args.given and args.decay != "cosine":
         parser.error(f"--lr_end {args.lr_end:g} is the end of --decay cosine, which is not given: give both")
-    if args.decay_from and args.decay != "cosine":
+    if "decay_from" in args.given and args.decay != "cosine":
         parser.error(f"--decay_from {args.decay_from} is the start of --decay cosine, which is not given: give both")
-    if args.decay_from and args.decay_from >= args.epochs * args.test_every:
+    if "decay_from" in args.given and args.decay_from >= args.epochs * args.test_every:
         parser.error(f"--decay_from {args.decay_from} must be shorter than the run, which has "
                      f"{args.epochs * args.test_every} iterations (--epochs x --test_every)")
     if args.lr_end > args.lr:

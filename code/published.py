@@ -17,6 +17,7 @@ from system.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = "Set5", "Set14", "B100", "Urban100"  # scored on Y without the border, as here
+RESTORATION = "GoPro", "Test100", "Rain100H", "Rain100L", "Test2800", "Test1200"  # scored whole, GoPro on RGB
 BEGIN, END = "<!-- published.csv -->\n", "<!-- end of published.csv -->\n"
 
 
@@ -99,20 +100,22 @@ def name_of_run(folder: Path) -> str:
 def comparison(name: str, psnrs: Mapping[str, float | None], args) -> str:
     """Return a line for each data set that compares its PSNR (dB) with the published one; empty where there is none.
 
-    Nothing is compared at another scale or width than the published one, nor on RGB or with other borders shaved.
+    Nothing is compared at another scale or width than the published one, nor in another colour space or with other borders.
     """
     found = experiments().get(name)
     if not found:
         return ""
     of_published = int(found.flags["scale"]), float(found.flags.get("width_mult", 0))
-    of_metric = args.metric_space, args.scale if args.shave is None else args.shave
-    if of_published != (args.scale, args.width_mult or 0) or of_metric != ("y", args.scale):
+    border = args.scale if args.scale > 1 else 0
+    of_metric = args.metric_space, border if args.shave is None else args.shave
+    if of_published != (args.scale, args.width_mult or 0) or of_metric != (found.flags.get("metric_space", "y"), border):
         return ""
     ensemble = "self_ensemble" in found.flags
     how = "" if ensemble == args.self_ensemble else f" with{'' if ensemble else 'out'} self-ensemble"
     lines = [f"{dataset} {psnr:.2f} (published {name.replace('/', ' ')}{how}: {found.scores[dataset][0]}, "
              f"{psnr - float(found.scores[dataset][0]):+.2f})"
-             for dataset, psnr in psnrs.items() if psnr is not None and dataset in BENCHMARKS and dataset in found.scores]
+             for dataset, psnr in psnrs.items()
+             if psnr is not None and dataset in BENCHMARKS + RESTORATION and dataset in found.scores]
     return "\n".join(lines)
 
 
@@ -123,12 +126,14 @@ def source(name: str) -> str:
 
 
 def listing() -> str:
-    """Return a table of all experiments with their PSNR (dB) on the benchmarks, for --published list."""
+    """Return a table of all experiments with their PSNR (dB) on the benchmarks of their task, for --published list."""
     width = max(map(len, experiments()))
     lines = [f"{'experiment':<{width}}" + "".join(f"{name:>10}" for name in BENCHMARKS)]
     for name, experiment in experiments().items():
         scores = "".join(f"{experiment.scores.get(dataset, '-')[0]:>10}" for dataset in BENCHMARKS)
-        lines.append(f"{name:<{width}}{scores}" + ("" if experiment.script else "  scores only"))
+        others = "".join(f"  {dataset} {experiment.scores[dataset][0]}" for dataset in RESTORATION
+                         if dataset in experiment.scores)
+        lines.append(f"{name:<{width}}{scores}{others}" + ("" if experiment.script else "  scores only"))
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 EDSR_SITE = "https://cv.snu.ac.kr/research/EDSR/models/"
 SWINIR_SITE = "https://github.com/JingyunLiang/SwinIR/releases/download/v0.0/"
 REALESRGAN_SITE = "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.2.5.0/"
+RESTORMER_SITE = "https://github.com/swz30/Restormer/releases/download/v1.0/"
 TORCH_SITE = "https://download.pytorch.org/models/"
 FAKD_PAGE = "github.com/Vincent-Hoo/Knowledge-Distillation-for-Super-resolution"
 
@@ -55,6 +56,9 @@ TEACHERS = [
     *each_scale("SPAN_S", "spanx{scale}_ch48.pth", "github.com/hongyuanyu/SPAN", (2, 4)),
     Release("Compact", (4,), "realesr-general-x4v3.pth", REALESRGAN_SITE),  # for degraded photos, not for bicubic LR images
     Release("Compact_anime", (4,), "realesr-animevideov3.pth", REALESRGAN_SITE),
+    Release("NAFNet_GoPro", (1,), "NAFNet-GoPro-width32.pth", "github.com/megvii-research/NAFNet"),
+    Release("Restormer_deblur", (1,), "motion_deblurring.pth", RESTORMER_SITE),
+    Release("Restormer_derain", (1,), "deraining.pth", RESTORMER_SITE),
 ]
 LOSS_NETWORKS = [  # fixed feature extractors of loss terms: VGG and CSD, DCR and DMM
     Release("vgg19", (), "vgg19-dcbb9e9d.pth", TORCH_SITE),

@@ -38,7 +38,7 @@ def learning_rate(args: Namespace, iteration: int) -> float:
 def _after_warmup(args, iteration):
     if args.decay == "cosine":
         start = max(args.warmup, args.decay_from)
-        part = max(iteration - start, 0) / (args.epochs * args.test_every - start)
+        part = (iteration - start) / (args.epochs * args.test_every - start) if iteration > start else 0
         return args.lr_end + (args.lr - args.lr_end) * 0.5 * (1 + math.cos(math.pi * part))
     # epochs are counted from 1, and --decay 150 acts in the 150th already: EDSR-PyTorch steps its scheduler before an epoch
     reached = iteration if isinstance(args.decay, Iterations) else iteration // args.test_every + 1

@@ -329,6 +329,17 @@ def test_mistakes(script, tmp_path, arguments, words):
     assert files(tmp_path) == ["file"]
 
 
+def test_a_page_is_printed_for_a_set_without_an_address(script, server, tmp_path):
+    names = ("GoPro", "Rain13K", "SIDD", "RealSR")
+    ran = script("download_data.sh", *names, "--dir_data", tmp_path / "data")
+    lines = ran.stderr.splitlines()
+    assert ran.returncode == 2 and len(lines) == len(names) and not (tmp_path / "data").exists()
+    assert all(f"error: {name}: cannot be" in line and "--pair_dirs" in line for name, line in zip(names, lines))
+    server.body = tar(benchmark())
+    ran = script("download_data.sh", "GoPro", "benchmark", "--dir_data", tmp_path / "data", BENCHMARK_URL=server.url)
+    assert ran.returncode == 2 and files(tmp_path / "data") == sorted(benchmark())
+
+
 def test_a_file_in_the_way_and_a_home_folder(script, server, tmp_path):
     server.body = tar(benchmark())
     (tmp_path / "data").mkdir()

@@ -1,19 +1,25 @@
 """Restoration at scale 1: data in paired folders, training, tests and comparisons, and trainings with growing patches."""
 import csv
 import shutil
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 
+import loss
 import option
 import system.errors
 from checkpoint import save_model
 from data import Crops, Images, dataset
 from data.source import find
+from data.views import plan
+from distiller import build_distiller
+from loss import adversarial, vqgan
 from metric import psnr
-from model import load_model, make_model
+from model import load_model, make_model, slim
+from model.edsr import EDSR
 from option_types import crop_stages
 from trainer import Trainer
 
@@ -279,3 +285,30 @@ def test_costs_at_scale_1(run_main):
     status, out, err = run_main("summary", "--model Compact --scale 1 --n_feats 4 --n_convs 1 --output_size 40x30")
     assert (status, err) == (0, []) and "x1" in out[1]
 
+
+
+# ---- terms of the loss at scale 1
+
+STEP = "--scale 1 --patch_size 32 --batch_size 4 --feature_net random --epochs 1 --test_every 1 --n_threads 0 --cpu "
+
+
+@pytest.mark.parametrize("line", [
+    "--loss 0.5*DS+0.5*TS+10*SA+1*CA+1*FSP", "--loss 1*DS+200*CSD --neg_num 2", "--loss 1*DS+1*TS+1*T_DS --width_mult 0.5",
+    "--loss 1*DS+1*TS+1*LC+25.5*DCR+0.255*DMM --dcr_negatives 1 --dcr_blur 0.5 --dcr_resize 0.5",
+    "--loss 3*DS+0.5*TS+12.75*NCE+2.55*GAN --gan_net unet --gan_update before --nce_patches 3 --nce_patch_size 16",
+    "--loss 1*DS_PSNR+1*TS_PSNR --label_consistency 0.5"])
+def test_the_terms_of_all_methods_train_a_student(line, monkeypatch):
+    monkeypatch.setattr(vqgan, "F16_1024", dict(ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1, attention=(4,),
+                                                z_channels=8, embed_dim=8, n_embed=16))
+    monkeypatch.setitem(adversarial.DISCRIMINATORS, "unet", lambda: adversarial.UNetDiscriminator(4))
+    torch.manual_seed(0)
+    args = option.parse([*STEP.split(), *line.split()])
+    teacher = EDSR(1, n_resblocks=3, n_feats=8)
+    student = slim(teacher, args.width_mult) if args.width_mult else EDSR(1, n_resblocks=3, n_feats=8)
+    criterion = loss.build_loss(args.loss, loss.Context(args, student, [teacher], "cpu", plan(args)))
+    trainer = Trainer(args, build_distiller(args, student, [teacher], criterion), None, [], SimpleNamespace(state=None),
+                      torch.device("cpu"))
+    before = {name: x.clone() for name, x in student.state_dict().items()}
+    values = trainer.step(*(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8) for _ in range(2)))
+    assert values.isfinite().all() and (values != 0).all()
+    assert all(not torch.equal(before[name], x) for name, x in student.named_parameters() if x.requires_grad)

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# DCKD/Restormer/derain/logits as published, DCKD (AAAI 2025, arXiv 2412.08939); arguments go to train.py.
+source "$(dirname "$0")/env.sh"
+python "$code/train.py" --published DCKD/Restormer/derain/logits "$@"
