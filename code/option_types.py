@@ -414,7 +414,8 @@ def degradation_steps(description: str) -> list[tuple[str, float, float]]:
     for word in description.split("+"):
         match = re.fullmatch(r"([a-z]+)([0-9.]{1,9})?(?:-([0-9.]{1,9}))?", word)
         if not match or match[1] not in DEGRADATIONS:
-            raise ValueError(f"{word[:40]!r} is not a degradation such as noise25, noise0-55, jpeg10-40, blur, rain, realesrgan")
+            raise ValueError(f"{word[:40]!r} is not a degradation such as noise25, noise0-55, jpeg10-40, blur, rain or "
+                             "realesrgan")
         name, low, high = match.groups()
         limits = DEGRADATIONS[name]
         if limits is None:
@@ -429,11 +430,13 @@ def degradation_steps(description: str) -> list[tuple[str, float, float]]:
         except (TypeError, ValueError):
             low = high = -1
         if not least <= low <= high <= most or not high:
-            raise ValueError(f"{word!r}: {name} takes a {'whole ' * (kind is int)}number in {least}..{most}, or a range such "
-                             f"as {name}10-40")
+            raise ValueError(f"{word!r}: {name} takes a {'whole ' * (kind is int)}number in {least}..{most}, or a range "
+                             f"such as {name}10-40")
         steps.append((name, low, high))
     if len(steps) > 1 and "realesrgan" in [name for name, _, _ in steps]:
         raise ValueError("realesrgan includes all degradations and cannot be part of a sum")
+    if len(steps) > 8:  # the name of a cache file contains them
+        raise ValueError(f"{len(steps)} degradations; give 8 at most")
     return steps
 
 

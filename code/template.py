@@ -14,9 +14,9 @@ TEMPLATES = {
     # runs in every iteration and for one whose outputs are cached
     "best_running": dict(loss="1*DS+1*TS", optimizer="MUON", lr="5e-3", decay="cosine", warmup="50"),
     "best": dict(loss="1*DS+1*TS", optimizer="MUON", lr="5e-3", decay="cosine", warmup="50", cache_teacher=True),
-    # the training of Real-ESRGAN (Wang et al., ICCVW 2021; train_realesrnet_x4plus.yml, then train_realesrgan_x4plus.yml, for
-    # which --pre_train gives the result of the first), with a teacher as an addition, for any student: RealESRNet+Compact_L.
-    # VGG has the layers of CSD, and the discriminator's real images are sharpened too
+    # the training of Real-ESRGAN (Wang et al., ICCVW 2021; train_realesrnet_x4plus.yml, then train_realesrgan_x4plus.yml
+    # with the result of the first as --pre_train), with a teacher as an addition, for any student: RealESRNet+Compact_L. VGG
+    # has the layers of CSD, and the discriminator's real images are sharpened too
     "RealESRNet": dict(degrade="realesrgan", loss="1*DS+1*TS", image_range="1", optimizer="ADAM", lr="2e-4",
                        betas="0.9,0.99", gamma="1", ema="0.999", batch_size="48", patch_size="256", epochs="1000",
                        test_every="1000"),

@@ -39,12 +39,12 @@ def test_the_list_above_has_all_flags():
     parser = option.make_parser()
     defaults, args = parser.parse_args([]), parser.parse_args(ALL_FLAGS.split())
     same = {name for name, value in vars(args).items() if value == getattr(defaults, name)}
-    assert same == NOT_WITH_LOSS | {"template", "published", "resume", "reset", "cache_teacher", "eco", "budget",
+    assert same == NOT_WITH_LOSS | {"template", "published", "resume", "reset", "cache_teacher", "eco", "degrade", "budget",
                                     "progressive"}
 
 
 @pytest.mark.parametrize("line", [
-    "", "--cache_teacher", "--cache_teacher self_ensemble", "--eco --decay 5-7it", ALL_FLAGS,
+    "", "--cache_teacher", "--cache_teacher self_ensemble", "--eco --decay 5-7it", "--degrade blur+noise0-5.5", ALL_FLAGS,
     "--published DUKD/RCAN/x3 --rgb_range 1",
     "--template FAKD+RCAN_student --lr 1", "--template DUKD --upcycle 1*zoom_out", "--template CSD --cpu",
     "--alpha 0.25 --feature_loss_used 1 --feature_distilation_type 2*CA", "--template DCKD --decay cosine",

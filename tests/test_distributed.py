@@ -51,6 +51,8 @@ CASES = {
     "DUKD": "--template DUKD --label_consistency 0.5 --n_zoom_in 2 --batch_size 4 --lr 1e-9 --patch_size 32",
     "DUKD as published": "--template DUKD --label_consistency 0.5 --label_consistency_views zoom_in --zoom_in_tiles batch "
                          "--n_zoom_in 2 --batch_size 4 --lr 1e-9 --patch_size 32",
+    "degraded": "--loss 1*DS+1*TS --degrade blur+rain+noise0-55+jpeg10-40",
+    "Real-ESRGAN": "--loss 1*DS+1*TS --degrade realesrgan",
     "adapters": "--loss 1*DS+1*TS --lora_rank 2 --pre_train p.pt",
     "unused parameters": "--loss 1*DS --model SAN",
 }
