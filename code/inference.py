@@ -13,7 +13,8 @@ from system import memory_budget
 from system.errors import UserError
 
 log = logging.getLogger("sr")
-# Tile overlap in LR pixels for networks with global operations; a larger one changes little (see the README).
+# Tile overlap in LR pixels for networks with global operations or a very large receptive field; a larger one changes little
+# (see the README).
 GLOBAL_TILE_PAD = 32
 
 
@@ -55,18 +56,20 @@ def chop(net: nn.Module, lr: torch.Tensor, tile: int | None = None, tile_pad: in
 
     lr: N x 3 x H x W. Returns N x 3 x sH x sW on the device of lr, which may differ from the network's.
     tile_pad: LR pixels of overlap that are computed around each tile and cropped; by default the receptive field, with which
-    the result equals that of the whole image. For networks with global operations the result is an approximation that
-    depends on the tiles.
+    the result equals that of the whole image. For networks with global operations, or a receptive field above
+    memory_budget.MAX_OVERLAP, the result is an approximation that depends on the tiles.
     memory: bytes that a forward pass may take. Among the tilings that fit, the one with the fewest computed pixels is
-    chosen; an image that fits is not divided. The default is half of the free memory, on a CPU at most 1 GB; or 1 GB for
-    networks with global operations, so that their results do not depend on the machine.
+    chosen; an image that fits is not divided. The default is half of the free memory, on a CPU at most 1 GB; or 1 GB where
+    the result depends on the tiles, so that their results do not depend on the machine.
     tile: size of the tiles in LR pixels, in place of `memory`. The default is net.tile, where the network has one.
 
     Tiles start at multiples of net.window. If a GPU runs out of memory, smaller tiles are tried. Raises UserError where
     `memory` is too small for the smallest tiles, which are as large as their overlap.
     """
     device, align = next(net.parameters()).device, net.window
-    tile_pad = _round_up((net.receptive_field or GLOBAL_TILE_PAD) if tile_pad is None else tile_pad, align)
+    if tile_pad is None:
+        tile_pad = net.receptive_field if memory_budget.tiles_exactly(net) else GLOBAL_TILE_PAD
+    tile_pad = _round_up(tile_pad, align)
     tile = tile or getattr(net, "tile", None)
     sr = lr.new_empty(lr.shape[0], 3, lr.shape[2] * net.scale, lr.shape[3] * net.scale)
     if tile:

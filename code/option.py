@@ -51,13 +51,14 @@ from option_types import (
     repeats_or_none,
     seed,
     size,
+    size_or_none,
     stage_ends,
     window,
 )
 from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
-NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "Compact", "SPAN", "SAN", "SwinIR"
+NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "Compact", "SPAN", "SAN", "SwinIR", "NAFNet", "Restormer", "RRDB"
 PUBLISHED_LOSS_FLAGS = ("alpha", "feature_loss_used", "feature_distilation_type")
 EXPONENTS = {  # of the terms that compare images: they grow with this power of the images' range
     **dict.fromkeys(("LC", "T_DS", "TS_masked"), 1),
@@ -180,7 +181,8 @@ def _add_network_flags(parser):
     group.add_argument("--n_resgroups", type=size, help="number of residual groups (RCAN, SAN)")
     group.add_argument("--n_resblocks", type=size,
                        help="number of residual blocks (EDSR), or of residual blocks per group (RCAN, SAN)")
-    group.add_argument("--n_feats", type=size, help="number of feature channels (all but RDN; embed_dim of SwinIR)")
+    group.add_argument("--n_feats", type=size,
+                       help="number of feature channels (all but RDN; embed_dim of SwinIR, width of NAFNet, dim of Restormer)")
     group.add_argument("--reduction", type=size, help="channel reduction factor of channel attention (RCAN, SAN)")
     group.add_argument("--res_scale", type=not_negative, help="residual scaling factor (EDSR)")
     group.add_argument("--n_inner", type=size, help="number of channels in the non-local block (SAN)")
@@ -212,6 +214,25 @@ def _add_network_flags(parser):
                        help="convolutions at the end of each residual group (SwinIR)")
     group.add_argument("--img_range", type=positive_number,
                        help="maximum pixel value inside the network, to which its input is rescaled (SwinIR, SPAN)")
+    group.add_argument("--enc_blk_nums", type=parse_numbers,
+                       help="number of blocks in each level of the encoder, such as [1,1,1,28] (NAFNet)")
+    group.add_argument("--middle_blk_num", type=size, help="number of blocks between encoder and decoder (NAFNet)")
+    group.add_argument("--dec_blk_nums", type=parse_numbers,
+                       help="number of blocks in each level of the decoder, such as [1,1,1,1] (NAFNet)")
+    group.add_argument("--tlc_size", type=size_or_none,
+                       help="side in pixels of the windows of the channel attention in tests, TLC, in place of the whole "
+                            "image: 384 for networks trained on crops of 256; 0: the whole image (NAFNet, also as teacher)")
+    group.add_argument("--num_blocks", type=parse_numbers,
+                       help="number of transformer blocks in each of the four levels, such as [4,6,6,8] (Restormer)")
+    group.add_argument("--num_refinement_blocks", type=size, help="number of blocks after the decoder (Restormer)")
+    group.add_argument("--heads", type=parse_numbers,
+                       help="number of attention heads in each level, such as [1,2,4,8] (Restormer)")
+    group.add_argument("--ffn_expansion_factor", type=ratio,
+                       help="ratio of hidden to input channels of the feed-forward networks (Restormer)")
+    group.add_argument("--LayerNorm_type", choices=("WithBias", "BiasFree"),
+                       help="layer normalisation; BiasFree in the published networks for denoising (Restormer)")
+    group.add_argument("--num_block", type=size, help="number of residual-in-residual dense blocks (RRDB)")
+    group.add_argument("--num_grow_ch", type=size, help="growth rate of the dense blocks (RRDB)")
     group.add_argument("--width_mult", type=positive_number,
                        help="train the first channels of the teacher, this fraction of them, as the student, which shares "
                             "its weights with the teacher (CSD); test.py: test that part of the network")

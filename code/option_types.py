@@ -38,6 +38,11 @@ def size(string: str) -> int:
     return _whole(string, 1, MAX_SIZE)
 
 
+def size_or_none(string: str) -> int:
+    """Parse a number of pixels, 0 or more."""
+    return _whole(string, 0, MAX_SIZE)
+
+
 def kernel(string: str) -> int:
     """Parse the side of a convolution kernel in pixels."""
     return _whole(string, 1, 99)

@@ -154,7 +154,7 @@ def receptive_field(net: "Network | Slice") -> str:
     """Describe the receptive field of a network."""
     if net.receptive_field is not None:
         return str(net.receptive_field)
-    return "the image" if net.window == 1 else f"windows of {net.window}"
+    return f"windows of {net.window}" if "window_size" in net.config else "the image"
 
 
 def count(net: "Network | Slice", output_size: OutputSize = PAPER_SIZE) -> Cost:

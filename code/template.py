@@ -49,6 +49,19 @@ TEMPLATES = {
     "SPAN": dict(model="SPAN", n_feats=52),                                          # 0.481M, fused
     "SPAN_S": dict(model="SPAN", n_feats=48),                                        # 0.411M, fused
     "SPAN_student": dict(model="SPAN", n_feats=28),                                  # 0.142M, fused
+    "RRDB": dict(model="RRDB", n_feats=64, num_block=23, num_grow_ch=32),             # 16.70M, ESRGAN, Real-ESRGAN
+    "RRDB_6B": dict(model="RRDB", n_feats=64, num_block=6, num_grow_ch=32),           # 4.468M at scale 4, Real-ESRGAN anime
+    # of networks for scale 1
+    "NAFNet": dict(model="NAFNet", n_feats=32, enc_blk_nums="1,1,1,28", middle_blk_num=1,
+                   dec_blk_nums="1,1,1,1"),                                          # 17.11M, the teacher (GoPro)
+    "NAFNet_student": dict(model="NAFNet", n_feats=16, enc_blk_nums="1,1,1,14", middle_blk_num=1,
+                           dec_blk_nums="1,1,1,1"),                                  # 2.683M, of DCKD: see published.csv
+    "Restormer": dict(model="Restormer", n_feats=48, num_blocks="4,6,6,8", num_refinement_blocks=4,
+                      heads="1,2,4,8", ffn_expansion_factor=2.66),                   # 26.13M, the teacher
+    "Restormer_student": dict(model="Restormer", n_feats=24, num_blocks="2,3,3,4", num_refinement_blocks=2,
+                              heads="1,2,4,8", ffn_expansion_factor=2.66),           # 3.813M, of DCKD: see published.csv
+    "NAFNet_S": dict(model="NAFNet", n_feats=16, enc_blk_nums="1,1,2", middle_blk_num=1,
+                     dec_blk_nums="1,1,1"),                                          # 0.319M, no published size
     # no published sizes: each takes twice the time of the one before it (figure/README.md)
     "Compact_S": dict(model="Compact", n_feats=32, n_convs=4, act_type="prelu"),     # 0.042M
     "Compact_M": dict(model="Compact", n_feats=32, n_convs=9, act_type="prelu"),     # 0.088M

@@ -32,6 +32,25 @@ def golden_parameters(keys):
     return state
 
 
+def esrgan_names(state, layout):
+    """The parameters of an RRDB under the names of ESRGAN's code, or with numbered layers, of its first code."""
+    first = layout == "the first ESRGAN"
+    blocks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("body."))
+    layers = {"conv_first": "model.0", "conv_body": f"model.1.sub.{blocks}", "conv_up1": "model.3", "conv_up2": "model.6",
+              "conv_hr": "model.8", "conv_last": "model.10"} if first else {
+              "conv_body": "trunk_conv", "conv_up1": "upconv1", "conv_up2": "upconv2", "conv_hr": "HRconv"}
+    renamed = {}
+    for name, value in state.items():
+        *path, layer, kind = name.split(".")
+        if path:
+            _, number, block = path
+            name = f"{'model.1.sub' if first else 'RRDB_trunk'}.{number}.{block.upper()}.{layer}{'.0' * first}.{kind}"
+        else:
+            name = f"{layers.get(layer, layer)}.{kind}"
+        renamed[name] = value
+    return renamed
+
+
 def pytest_sessionfinish():
     """Ends the workers of loaders that only a kept traceback still holds; Python would wait for them before it ends."""
     gc.collect()

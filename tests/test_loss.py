@@ -27,7 +27,7 @@ def make_loss(string, widths=(16, 16), **flags):
     """A Loss for networks of these widths, the student's first."""
     defaults = dict(features=[1, 2, 3], pool_size=1, pool_type="max", P=2, rbf_gamma=5, batch_size=2, split_batch=1)
     args = SimpleNamespace(**{**defaults, **flags})
-    student, *teachers = (SimpleNamespace(n_feats=width) for width in widths)
+    student, *teachers = (SimpleNamespace(n_feats=width, feature_channels=4 * (width,)) for width in widths)
     return loss.build_loss(string, loss.Context(args, student, teachers))
 
 

@@ -1,7 +1,8 @@
 """Feature distillation: the transforms of FAKD other than spatial affinity (He et al., ICIP 2020).
 
 Each term is the sum over the feature maps `features` of L1(transform(student), transform(teacher)), mean over elements. The
-four feature maps of a network are: 0 after the head, 1 and 2 at a third and two thirds of the body, 3 at its end.
+four feature maps of a network are: 0 after the head, 1 and 2 at a third and two thirds of the body, 3 at its end; those of
+NAFNet and Restormer are described there.
 """
 from collections.abc import Sequence
 
@@ -131,13 +132,18 @@ class FitNet(FeatureTerm):
     """fitnet: the feature maps themselves (Romero et al., ICLR 2015).
 
     Where the numbers of channels differ, a learned 1x1 convolution maps the student's to the teacher's; this adapter is an
-    addition to FAKD, whose code compares equal widths only.
+    addition to FAKD, whose code compares equal widths only. student_feats, and for each teacher teacher_feats: the number of
+    channels, or those of the four feature maps.
     """
 
-    def __init__(self, features: Sequence[int] = (1, 2, 3), student_feats: int = 64, teacher_feats: Sequence[int] = (64,)):
+    def __init__(self, features: Sequence[int] = (1, 2, 3), student_feats: int | Sequence[int] = 64,
+                 teacher_feats: Sequence[int | Sequence[int]] = (64,)):
         super().__init__(features)
-        self.adapters = nn.ModuleDict({f"{index}_to_{width}": nn.Conv2d(student_feats, width, 1)
-                                       for width in sorted({*teacher_feats} - {student_feats}) for index in self.features})
+        student, *teachers = (4 * (feats,) if isinstance(feats, int) else feats for feats in (student_feats, *teacher_feats))
+        self.adapters = nn.ModuleDict({
+            f"{index}_to_{width}": nn.Conv2d(student[index], width, 1)
+            for width in sorted({width for teacher in teachers for width in teacher}) for index in self.features
+            if width != student[index] and width in [teacher[index] for teacher in teachers]})
 
     def forward(self, inputs: LossInputs) -> torch.Tensor:
         """Compute the L1 between feature maps, of the same width after the adapters, summed over `features`."""
@@ -159,10 +165,12 @@ def build_term(name: str, context: Context) -> Term:
     args, settings = context.args, dict(features=context.args.features)
     if name in ("CA", "FSP"):
         for teacher in context.teachers:
-            if teacher.n_feats != context.student.n_feats:
-                raise UserError(f"{name} compares channel with channel, but the student's feature maps have "
-                                f"{context.student.n_feats} channels and the teacher's {teacher.n_feats}: choose a term "
-                                "that does not, such as SA, AT or fitnet")
+            for index in args.features:
+                own, other = (net.feature_channels[index] for net in (context.student, teacher))
+                if own != other:
+                    raise UserError(f"{name} compares channel with channel, but the student's feature maps have {own} "
+                                    f"channels and the teacher's {other}: choose a term that does not, such as SA, AT or "
+                                    "fitnet")
     if name == "IA":
         images, flags = context.images_per_step()
         if images < 2:
@@ -170,8 +178,8 @@ def build_term(name: str, context: Context) -> Term:
     if name == "MMD":
         settings |= dict(pool_size=args.pool_size, pool_type=args.pool_type)
     if name == "fitnet":
-        settings |= dict(student_feats=context.student.n_feats,
-                         teacher_feats=[teacher.n_feats for teacher in context.teachers])
+        settings |= dict(student_feats=context.student.feature_channels,
+                         teacher_feats=[teacher.feature_channels for teacher in context.teachers])
     try:
         return TERMS[name](**settings)
     except ValueError as error:

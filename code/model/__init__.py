@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from model import carn, compact, edsr, imdn, rcan, rdn, san, span, swinir
+from model import carn, compact, edsr, imdn, nafnet, rcan, rdn, restormer, rrdb, san, span, swinir
 from model.common import MEAN_SHIFTS
 from model.layout import describe_nearest, recognise
 from model.loading import CheckpointError, build, on_meta_device, read_checkpoint
@@ -20,9 +20,10 @@ from system.memory_budget import free_memory
 __all__ = ["NETWORKS", "CheckpointError", "describe", "fuse", "inherit", "load_model", "load_with_flags", "make_model",
            "require_rgb", "save_header", "slim"]
 
-UNDETERMINED = "res_scale", "img_range", "act_type"  # not in names and shapes: an explicit flag replaces the value
-FLOATS, LISTS = ("res_scale", "mlp_ratio", "img_range"), ("depths", "num_heads", "multi_scale")
-STRINGS = "act_type", "carn_variant", "reparameterise", "upsampler", "resi_connection", "RDNconfig"
+UNDETERMINED = "res_scale", "img_range", "act_type", "tlc_size"  # not in names and shapes: a flag replaces the value
+FLOATS = "res_scale", "mlp_ratio", "img_range", "ffn_expansion_factor"
+LISTS = "depths", "num_heads", "multi_scale", "enc_blk_nums", "dec_blk_nums", "num_blocks", "heads"
+STRINGS = "LayerNorm_type", "act_type", "carn_variant", "reparameterise", "upsampler", "resi_connection", "RDNconfig"
 SCALES = 1, 2, 3, 4, 8
 
 log = logging.getLogger("sr")
@@ -39,6 +40,9 @@ NETWORKS = {
     "SPAN": (span.SPAN, span.LAYOUTS),
     "SAN": (san.SAN, san.LAYOUTS),
     "SwinIR": (swinir.SwinIR, swinir.LAYOUTS),
+    "NAFNet": (nafnet.NAFNet, nafnet.LAYOUTS),
+    "Restormer": (restormer.Restormer, restormer.LAYOUTS),
+    "RRDB": (rrdb.RRDB, rrdb.LAYOUTS),
 }
 
 
@@ -166,6 +170,8 @@ def is_size(key: str, value: object) -> bool:
         return value is False or (isinstance(value, (list, tuple)) and all(is_size("", number) for number in value))
     if key in FLOATS:
         return type(value) in (int, float) and math.isfinite(value) and (value > 0 or (value == 0 and key == "res_scale"))
+    if key == "tlc_size" and value == 0:
+        return type(value) is int
     return type(value) is int and 0 < value <= 65536 and (key != "scale" or value in SCALES)
 
 

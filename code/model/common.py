@@ -12,26 +12,42 @@ MEAN_SHIFTS = "sub_mean.", "add_mean."  # parameters with these prefixes may be 
 class Network(nn.Module):
     """Base class of super-resolution networks: a subclass implements `super_resolve`, callers use `forward`.
 
-    Attributes: `config`, the arguments of the constructor; `scale`; `n_feats`, the channels of the feature maps;
-    `rgb_range`, the maximum of the images that `forward` takes and returns; `native_range`, the maximum of those that
-    `super_resolve` was designed for; `sliceable`, whether the first channels are a network of their own (--width_mult);
-    `window`, the size to a multiple of which inputs are padded (1: no padding); `receptive_field`, in LR pixels to each side
-    (None: the whole image).
+    Attributes: `config`, the arguments of the constructor; `scale`, one of `scales`; `n_feats`, the channels of the first
+    feature maps; `rgb_range`, the maximum of the images that `forward` takes and returns; `native_range`, the maximum of
+    those that `super_resolve` was designed for; `sliceable`, whether the first channels are a network of their own
+    (--width_mult); `window`, the size to a multiple of which inputs are padded (1: no padding); `receptive_field`, in LR
+    pixels to each side (None: the whole image).
     """
 
     rgb_range = 255
     native_range = 255
+    scales = 1, 2, 3, 4, 8
     sliceable = True
     window = 1
     receptive_field = None
 
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """The channels of the four feature maps."""
+        return 4 * (self.n_feats,)
+
+    def require_scale(self, scale: int) -> None:
+        """Raise ValueError unless the scale is one of `scales`."""
+        if scale not in self.scales:
+            name, held = type(self).__name__, ", ".join(map(str, self.scales))
+            raise ValueError(f"there is no {name} for scale {scale}, only for {held}")
+
     def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute the SR image and the four feature maps that `forward` describes.
 
-        x: N x 3 x H x W in [0, native_range] -> N x 3 x sH x sW in the same range, and feature maps N x n_feats x H x W.
-        Without `features` the caller ignores the feature maps, so that some may be left out.
+        x: N x 3 x H x W in [0, native_range] -> N x 3 x sH x sW in the same range, and feature maps N x C x H x W,
+        their C in `feature_channels`. Without `features` the caller ignores them, so that some may be left out.
         """
         raise NotImplementedError
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Pad N x 3 x H x W at the bottom and right to multiples of `window`."""
+        return pad_to_window(x, self.window)
 
     def block_name(self, name: str) -> str:
         """Return the name of a parameter in which repeated blocks are numbered, where the parameter's own name differs."""
@@ -42,12 +58,12 @@ class Network(nn.Module):
         """Super-resolve a batch of LR images.
 
         lr: N x 3 x H x W in [0, rgb_range] -> sr: N x 3 x sH x sW in the same range. With `features`, (sr, [f0, f1, f2,
-        f3]): the feature maps N x n_feats x H x W after the head, after about a third and two thirds of the body, and at its
-        end.
+        f3]): the feature maps N x C x H x W after the head, after about a third and two thirds of the body, and at its end,
+        or those that the class describes, their C in `feature_channels`.
         """
         height, width = lr.shape[-2:]
         x = lr if self.rgb_range == self.native_range else lr * (self.native_range / self.rgb_range)
-        sr, feature_maps = self.super_resolve(pad_to_window(x, self.window), features)
+        sr, feature_maps = self.super_resolve(self.pad(x), features)
         sr = sr[..., :height * self.scale, :width * self.scale]
         if self.rgb_range != self.native_range:
             sr = sr * (self.rgb_range / self.native_range)
@@ -87,8 +103,8 @@ class ImageConv(nn.Conv2d):
     that, the image does not.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
-        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, bias: bool = True):
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve N x C x H x W in the type of the weights."""

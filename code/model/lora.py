@@ -54,6 +54,7 @@ class LowRankAdapted(nn.Module):
         self.shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
         self.config, self.scale, self.n_feats = net.config, net.scale, net.n_feats
         self.window, self.receptive_field = net.window, net.receptive_field
+        self.feature_channels = net.feature_channels
 
     @property
     def rgb_range(self) -> float:

@@ -41,6 +41,8 @@ class RDN(Network):
     for an even RDNkSize and a malformed RDNconfig.
     """
 
+    scales = 2, 3, 4, 8
+
     def __init__(self, scale: int, G0: int = 64, RDNkSize: int = 3, RDNconfig: str = "A"):
         super().__init__()
         n_blocks, n_convs, growth = parse_config(RDNconfig)

@@ -94,7 +94,7 @@ def make_teachers(args: Namespace) -> list[Network]:
     """
     teachers = []
     for path in teacher_files(args):
-        net = require_rgb(load_model(path, scale=args.scale), path)
+        net = require_rgb(load_model(path, scale=args.scale, tlc_size=args.tlc_size), path)
         net.rgb_range = args.rgb_range
         teachers.append(net)
     return teachers

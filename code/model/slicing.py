@@ -39,6 +39,7 @@ class Slice(nn.Module):
         check_slice(full_network, narrow)
         self.config, self.scale, self.n_feats = narrow.config, narrow.scale, narrow.n_feats
         self.window, self.receptive_field = narrow.window, narrow.receptive_field
+        self.feature_channels = narrow.feature_channels
 
     @property
     def rgb_range(self) -> float:

@@ -17,6 +17,7 @@ GLOBAL_MEMORY = 1e9
 CPU_MEMORY = 1e9  # bytes; with more, EDSR is at most 10 % faster, with less slower: see figure/README.md
 FREE_FRACTION = 0.5  # of the free memory is used, since other processes may need some before the image is done
 OVERHEAD = 1.5  # resident memory / memory of the tensors, measured up to 1.43: kernel workspaces, allocator fragmentation
+MAX_OVERLAP = 160  # LR pixels; RRDB's 349 would leave nothing of a tile, and nearly all of them hardly change the result
 PROBE_SIZE = 48  # side of the probe image, in pixels; for larger images the memory per pixel differs by less than 3%
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")  # the limit of a container
@@ -27,9 +28,14 @@ _bytes_per_pixel = WeakKeyDictionary()  # network -> {(device, precision): bytes
 _retaining = []  # the device of the outermost retain_freed_memory, if there is one
 
 
+def tiles_exactly(net: nn.Module) -> bool:
+    """Return whether the tiles of a network overlap by its whole receptive field, and the result does not depend on them."""
+    return net.receptive_field is not None and net.receptive_field <= MAX_OVERLAP
+
+
 def default_memory(net: nn.Module, device: torch.device) -> float:
     """Return the bytes that tiles of the network may take unless --chop_mem is given."""
-    if net.receptive_field is None:
+    if not tiles_exactly(net):
         return GLOBAL_MEMORY
     free = FREE_FRACTION * free_memory(device)
     return min(CPU_MEMORY, free) if device.type == "cpu" else free
