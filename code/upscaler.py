@@ -132,8 +132,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
         if job.target.resolve() == job.source.resolve():
             raise UserError(f"{job.source}: its upscaled image would replace it; give another folder, or a --suffix")
         if first is not job:
-            raise UserError(f"{first.source} and {job.source} have the same output {job.target}; upscale one after the other, "
-                            "into different folders" + (", or give --ext auto" if args.ext else ""))
+            raise UserError(f"{first.source} and {job.source} have the same output {job.target}; upscale them one after "
+                            "the other, into different folders" + (", or give --ext auto" if args.ext else ""))
     own = [job for job in jobs if job.source.resolve() not in targets]
     if len(own) < len(jobs):
         log.info("%d of %d images are outputs of others, and are not upscaled", len(jobs) - len(own), len(jobs))

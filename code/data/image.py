@@ -112,6 +112,8 @@ def read_channels(path: Path | str) -> tuple[np.ndarray, bytes | None]:
         raise UserError(f"{path}: holds several images ({number}); save the one to use as a file of its own")
     if image.dtype == bool:
         image = image.astype(np.uint8) * 255
+    if image.dtype == np.dtype(">u2"):
+        image = image.astype(np.uint16)
     if image.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path}: pixels of type {image.dtype}; save it with 8 or 16 bits per channel")
     image = image.reshape(*image.shape[:2], -1)
