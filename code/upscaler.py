@@ -275,7 +275,9 @@ def upscale_frames(source: BinaryIO, sink: BinaryIO, size: OutputSize, pix_fmt: 
     log.info("frames of %s become %dx%d, %s", size, *map(upscaler.size, size), pix_fmt)
     for number in progress_bar(itertools.count(), "frame"):
         data = source.read(length)
-        if len(data) < length and (data or not number):
+        if not data and not number:
+            raise UserError("--pipe: there are no frames on stdin; it is to be connected to a program that writes them")
+        if 0 < len(data) < length:
             raise UserError(f"--pipe {size}: stdin ended after {len(data):,} of the {length:,} bytes of frame {number + 1} "
                             f"in {pix_fmt}; compare size and format with those of the program that writes the frames")
         if not data:

@@ -440,7 +440,7 @@ class Sink(io.RawIOBase):
 
 
 @pytest.mark.parametrize("cut, limit, words, written", [
-    (-1, 10**9, "stdin ended after 215 of the 216 bytes of frame 3 in rgb24", 2), (0, 10**9, "after 0 of the 216", 0),
+    (-1, 10**9, "stdin ended after 215 of the 216 bytes of frame 3 in rgb24", 2), (0, 10**9, "no frames on stdin", 0),
     (None, 1000, "frame 2 cannot be written to stdout (Broken pipe)", 2)])
 def test_incomplete_frames_and_a_closed_pipe_get_one_line(flags, cut, limit, words, written):
     upscale_array, frames = frames_of(flags)
