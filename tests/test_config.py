@@ -24,7 +24,8 @@ ALL_FLAGS = (  # one value that is no default, of each flag
     "--momentum 0.5 --betas 0.5,0.9 --epsilon 1e-9 --weight_decay 1e-6 --gclip 3 --grad_norm 2 --ema 0.9 --print_every 7 "
     "--log_gradients 3 --gan_update before "
     "--ckp_dir x/y --save_every 2 --save_models --save_results --save_gt --ckp_path z.pt --TS T --chop --chop_mem 1 "
-    "--self_ensemble --image i --point 3,4 --crop 32 --output_size 640x360 --time")
+    "--self_ensemble --image i --point 3,4 --crop 32 --output_size 640x360 --time "
+    "--format onnx --output o.onnx --int8 f --license MIT")
 NOT_WITH_LOSS = {"alpha", "feature_loss_used", "feature_distilation_type"}
 
 
