@@ -558,8 +558,8 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
                      f"{args.split_batch}")
     if args.chop_mem and not args.chop:
         parser.error("--chop_mem is the memory limit of --chop, which is not given: give both")
-    if args.int8 and args.format != "onnx":
-        parser.error("--int8 quantises --format onnx, which is not given: give both")
+    if args.int8 and args.format not in (None, "onnx"):
+        parser.error(f"--int8 quantises --format onnx, not {args.format}: give one of them")
     networks = [f"--{name}" for name in sorted(args.given & (SIZES | {"ckp_path", "published", "template", "width_mult"}))]
     if args.budget and networks:
         parser.error(f"--budget lists presets of networks, and cannot be combined with {', '.join(networks)}; --time "

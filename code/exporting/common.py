@@ -21,6 +21,7 @@ from system.errors import UserError, reason_of
 
 DTYPES = {"single": torch.float32, "half": torch.float16}
 SIZES = (37, 53), (64, 48)  # of the photos
+RECORDED_SIZE = 24, 20  # of the image with which a network is recorded
 
 
 class Exportable(nn.Module):
@@ -95,4 +96,4 @@ def trace(net: Network, precision: str) -> torch.jit.ScriptModule:
 
 def example(net: Network) -> torch.Tensor:
     """Return the image 1 x 3 x H x W with which a network is recorded."""
-    return torch.rand(1, 3, 24, 20) * net.rgb_range
+    return torch.rand(1, 3, *RECORDED_SIZE) * net.rgb_range

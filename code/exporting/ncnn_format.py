@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exporting.common import SIZES, quietly, require, trace
+from exporting.common import RECORDED_SIZE, SIZES, quietly, require, trace
 from model.common import Network
 from system.errors import UserError
 
@@ -21,7 +21,7 @@ def write(net: Network, path: Path, precision: str, metadata: dict[str, str]) ->
     """
     require("ncnn", "ncnn")
     program = require("pnnx", "ncnn").EXEC_PATH
-    folder, shapes = path.parent, [f"[1,3,{height},{width}]" for height, width in SIZES]
+    folder, shapes = path.parent, [f"[1,3,{height},{width}]" for height, width in (RECORDED_SIZE, SIZES[0])]
     with quietly():
         torch.jit.save(trace(net, "single"), folder / "traced.pt")
     try:
@@ -31,13 +31,13 @@ def write(net: Network, path: Path, precision: str, metadata: dict[str, str]) ->
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"--format ncnn: pnnx does not run ({error})") from None
     converted = folder / "traced.ncnn.param"
-    unknown = sorted({line.split()[0] for line in converted.read_text().splitlines()[2:] if "." in line.split()[0]}
-                     ) if converted.is_file() else []
-    if ran.returncode or unknown or not converted.is_file():
-        raise UserError(f"--format ncnn: {metadata['network']} cannot be converted, ncnn lacks some of its operations; give "
-                        "--format onnx")
+    lines = [line.split() for line in converted.read_text().splitlines()] if converted.is_file() else []
+    unknown = sorted({line[0] for line in lines if "." in line[0]})  # operations of PyTorch that pnnx left as they are
+    if unknown or not lines or ran.returncode:
+        reason = f"ncnn has no {', '.join(unknown)}" if unknown else f"pnnx ended with status {ran.returncode}"
+        raise UserError(f"--format ncnn: {metadata['network']} cannot be converted ({reason}); give --format onnx")
     names = {"in0": "data", "out0": "output"}
-    lines = [" ".join(names.get(word, word) for word in line.split()) for line in converted.read_text().splitlines()]
+    lines = [" ".join(names.get(word, word) for word in line) for line in lines]
     about = [f"# {key}: {value}" for key, value in metadata.items()]
     path.write_text("\n".join([*lines, *about]) + "\n")
     return [path, converted.with_suffix(".bin").rename(path.with_suffix(".bin"))]
