@@ -84,6 +84,14 @@ def forward_function(net: nn.Module, device: torch.device, args: Namespace,
     return forward
 
 
+def by_function(run: Callable[[torch.Tensor], torch.Tensor], rgb_range: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that upscales a uint8 H x W x 3 image by `run`, which maps 1 x 3 x H x W in [0, rgb_range]."""
+    def upscale(lr):
+        x = torch.from_numpy(np.array(lr)).permute(2, 0, 1)[None].float() * (rgb_range / 255)
+        return inference.to_image(run(x), rgb_range)
+    return upscale
+
+
 def by_bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function that upscales a uint8 H x W x 3 image bicubically; at scale 1 it returns the input."""
     return partial(degrade.upscale, scale=scale)

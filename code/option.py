@@ -1,4 +1,7 @@
-"""The flags of train.py, test.py, compare.py, visualize.py and summary.py. Imports no torch, so that --help is instant."""
+"""The flags of train.py, test.py, compare.py, visualize.py, summary.py and export.py.
+
+This module imports no torch, so that --help is instant.
+"""
 import argparse
 import difflib
 import os
@@ -59,13 +62,15 @@ from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = "EDSR", "RCAN", "CARN", "CARN_M", "RDN", "IMDN", "Compact", "SPAN", "SAN", "SwinIR", "NAFNet", "Restormer", "RRDB"
+EXPORT_FORMATS = "onnx", "safetensors", "torchscript", "ncnn", "spandrel"
 PUBLISHED_LOSS_FLAGS = ("alpha", "feature_loss_used", "feature_distilation_type")
 EXPONENTS = {  # of the terms that compare images: they grow with this power of the images' range
     **dict.fromkeys(("LC", "T_DS", "TS_masked"), 1),
     **{f"{target}{distance}": {"_MSE": 2, "_PSNR": 0}.get(distance, 1) for target in ("DS", "TS")
        for distance in ("", "_MSE", "_Charbonnier", "_FFT", "_gradient", "_wavelet", "_PSNR")}}
 SIZES = {flag for preset in TEMPLATES.values() if "model" in preset for flag in preset}
-PATHS = "dir_data", "dir_demo", "dir_cache", "vgg_path", "vqgan_path", "pre_train", "ckp_dir", "ckp_path", "teacher"
+PATHS = ("dir_data", "dir_demo", "dir_cache", "vgg_path", "vqgan_path", "pre_train", "ckp_dir", "ckp_path", "teacher",
+         "output", "int8")
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,16 +95,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def make_parser() -> Parser:
-    """Build the parser of the flags that train.py, test.py, compare.py, visualize.py and summary.py share."""
+    """Build the parser of the flags that train.py, test.py, compare.py, visualize.py, summary.py and export.py share."""
     parser = Parser(usage="%(prog)s [@FILE] [--FLAG VALUE ...]", allow_abbrev=False, formatter_class=Help,
                     description="Knowledge distillation for super-resolution. train.py trains a student network, test.py "
                                 "computes PSNR and SSIM or upscales images, compare.py compares networks, visualize.py "
                                 "draws errors and feature affinities, summary.py counts parameters and FLOPs and measures "
-                                "time. All accept the flags below. @FILE reads flags from a file, one per line, such as the "
-                                "config.txt of a run.")
+                                "time, export.py writes files for other programs. All accept the flags below. @FILE reads "
+                                "flags from a file, one per line, such as the config.txt of a run.")
     for add_flags in (_add_device_flags, _add_data_flags, _add_network_flags, _add_loss_flags, _add_view_flags,
                       _add_term_flags, _add_training_flags, _add_experiment_flags, _add_testing_flags,
-                      _add_visualization_flags, _add_summary_flags):
+                      _add_visualization_flags, _add_summary_flags, _add_export_flags):
         add_flags(parser)
     return parser
 
@@ -447,6 +452,22 @@ def _add_summary_flags(parser):
                             "this time on this machine, such as 20ms or 0.5s, those with more FLOPs first")
 
 
+def _add_export_flags(parser):
+    group = parser.add_argument_group("export.py", "Writes the network of --ckp_path, in --precision single or half, for "
+                                                   "images in [0, 1] unless --rgb_range is given.")
+    group.add_argument("--format", choices=EXPORT_FORMATS,
+                       help="onnx: ONNX, with dynamic height and width; safetensors: weights, which --ckp_path reads too; "
+                            "torchscript: TorchScript; ncnn: a pair .param and .bin; spandrel: weights for chaiNNer, "
+                            "ComfyUI and other programs that use spandrel")
+    group.add_argument("--output", "-o", default="", metavar="FILE",
+                       help="file to write, ending in .onnx, .safetensors, .pt, .param or .pth, as the format requires")
+    group.add_argument("--int8", default="", metavar="FOLDER",
+                       help="quantise --format onnx to int8, calibrated on the LR images of this folder; convolutions from "
+                            "and to an image stay in float32. PSNR and speed are compared with float32, on --data_test if "
+                            "given")
+    group.add_argument("--license", default="", metavar="TEXT", help="licence of the weights, for the metadata of the file")
+
+
 def parse(argv: Sequence[str] | None = None, training: bool = True) -> argparse.Namespace:
     """Parse the flags of a command line, by default sys.argv; exits with one line and status 2 on a mistake.
 
@@ -638,6 +659,8 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
                          f"{PurePath(os.path.normpath(name)).name.strip('.') or 'Set5'}")
     if args.chop_mem and not args.chop:
         parser.error("--chop_mem is the memory limit of --chop, which is not given: give both")
+    if args.int8 and args.format not in (None, "onnx"):
+        parser.error(f"--int8 quantises --format onnx, not {args.format}: give one of them")
     networks = [f"--{name}" for name in sorted(args.given & (SIZES | {"ckp_path", "published", "template", "width_mult"}))]
     if args.budget and networks:
         parser.error(f"--budget lists presets of networks, and cannot be combined with {', '.join(networks)}; --time "

@@ -70,12 +70,22 @@ class Network(nn.Module):
         return (sr, [x[..., :height, :width] for x in feature_maps]) if features else sr
 
 
+def is_exporting() -> bool:
+    """Return whether the forward pass is recorded for an export, where sizes are symbols and no `if` may depend on them."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def pad_to_window(x: torch.Tensor, window: int) -> torch.Tensor:
     """Pad N x C x H x W at the bottom and right to multiples of `window`, by reflection without repeating the edge pixel.
 
     Unlike `torch.nn.functional.pad`, this takes sides that are shorter than the padding: they are reflected repeatedly.
     """
+    if window == 1:
+        return x
     for dim in (2, 3):
+        if is_exporting():
+            x = x.index_select(dim, reflected_positions(x.shape[dim], window, x.device))
+            continue
         missing = -x.shape[dim] % window
         while missing:
             size = x.shape[dim]
@@ -83,6 +93,13 @@ def pad_to_window(x: torch.Tensor, window: int) -> torch.Tensor:
             x = torch.cat([x, x.narrow(dim, max(size - 1 - part, 0), part).flip(dim)], dim)
             missing -= part
     return x
+
+
+def reflected_positions(size: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return, for each position of a side that is padded by `pad_to_window`, the position whose pixel it repeats."""
+    period = torch.full((1,), 2 * size - 2 + 1 // size, device=device)  # 1 for a side of one pixel
+    at = torch.arange((size + window - 1) // window * window, device=device) % period
+    return torch.minimum(at, period - at)
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Conv2d:

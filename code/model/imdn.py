@@ -4,7 +4,7 @@ import math
 import torch
 from torch import nn
 
-from model.common import ImageConv, Network, conv, forward_features, squeeze_and_excite
+from model.common import ImageConv, Network, conv, forward_features, is_exporting, squeeze_and_excite
 from model.layout import Layout, State, count
 
 NEGATIVE_SLOPE = 0.05  # of the leaky ReLUs
@@ -23,6 +23,9 @@ class ContrastAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rescale the channels of N x n_feats x H x W."""
+        if is_exporting():  # few formats have torch.std_mean
+            mean = x.mean((2, 3), keepdim=True)
+            return x * self.conv_du((x - mean).square().mean((2, 3), keepdim=True).sqrt() + mean)
         # torch.std_mean has gradient 0 where a channel is constant; the square root of a variance has an infinite one
         deviation, mean = torch.std_mean(x, (2, 3), correction=0, keepdim=True)
         return x * self.conv_du(deviation + mean)

@@ -1,4 +1,5 @@
 """Reading checkpoint files without unpickling code, and building a network only if names and shapes fit it."""
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os.path import isdir
@@ -92,14 +93,22 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .safetensors file, a format without checksums; raises UserError."""
+def read_safetensors(path: Path) -> dict[str, object]:
+    """Return the tensors of a .safetensors file, with `network` and `config` where its metadata are those of export.py.
+
+    The format has no checksums. Raises UserError.
+    """
     try:
-        from safetensors.torch import load_file  # noqa: PLC0415 - optional
+        from safetensors import safe_open  # noqa: PLC0415 - optional
+        from safetensors.torch import load_file  # noqa: PLC0415
     except ImportError:
         raise UserError(f"{path}: a .safetensors file needs the package safetensors: pip install safetensors") from None
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        header = {"network": about["network"], "config": json.loads(about["config"])} if {"network", "config"} <= about.keys(
+            ) else {}
+        return {**header, **load_file(path)}
     except Exception:  # a damaged file can make the reader raise anything
         raise UserError(f"{path}: damaged, or no .safetensors file; fetch or copy it again") from None
 

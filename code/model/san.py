@@ -14,7 +14,7 @@ def covariance(x: torch.Tensor) -> torch.Tensor:
     """Compute the covariance of channels over the HW positions, divided by HW: N x C x H x W -> N x C x C."""
     x = x.flatten(2)
     x = x - x.mean(2, keepdim=True)
-    return x @ x.mT / x.shape[2]
+    return x @ x.transpose(-2, -1) / x.shape[2]
 
 
 def square_root(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
@@ -47,10 +47,9 @@ class SecondOrderAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rescale the channels of N x n_feats x H x W."""
-        middle = x
-        for dim in (2, 3):
-            if x.shape[dim] > COVARIANCE_SIDE:
-                middle = middle.narrow(dim, (x.shape[dim] - COVARIANCE_SIDE) // 2, COVARIANCE_SIDE)
+        excess = [side - COVARIANCE_SIDE for side in x.shape[2:]]
+        top, left = ((number + abs(number)) // 4 for number in excess)  # max(number, 0) // 2, of symbolic sizes too
+        middle = x[:, :, top:top + COVARIANCE_SIDE, left:left + COVARIANCE_SIDE]
         with torch.autocast(x.device.type, enabled=False):  # the iteration amplifies rounding errors
             middle = middle.to(torch.promote_types(x.dtype, torch.float32))
             pooled = square_root(covariance(middle)).mean(1)[..., None, None]
@@ -90,7 +89,7 @@ def attend(inner: torch.Tensor) -> torch.Tensor:
     pool = min(2, height), min(2, width)  # a quadrant may be narrower than 2; the authors' code fails on such images
     out = F.scaled_dot_product_attention(
         to_tokens(query), to_tokens(F.max_pool2d(key, pool)), to_tokens(F.max_pool2d(value, pool)), scale=1.0)
-    return out[:, 0, :, :channels // 3].mT.reshape(n, channels // 3, height, width)
+    return out[:, 0, :, :channels // 3].transpose(-2, -1).reshape(n, channels // 3, height, width)
 
 
 def to_tokens(x: torch.Tensor) -> torch.Tensor:
@@ -99,7 +98,7 @@ def to_tokens(x: torch.Tensor) -> torch.Tensor:
     The memory-efficient attention kernels, which do not store the matrix of scores, require this form. Zeros do not change
     the scores.
     """
-    return F.pad(x.flatten(2).mT, (0, -x.shape[1] % 8)).contiguous()[:, None]
+    return F.pad(x.flatten(2).transpose(-2, -1), (0, -x.shape[1] % 8)).contiguous()[:, None]
 
 
 class NonLocalBlock(nn.Module):

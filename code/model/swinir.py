@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model.common import DIV2K_MEAN, ImageConv, Network, Upsampler, conv, forward_features
+from model.common import DIV2K_MEAN, ImageConv, Network, Upsampler, conv, forward_features, is_exporting
 from model.layout import Layout, Rules, State, count, upsampler_scale
 
 UPSAMPLER_FEATS = 64  # channels between body and image, in every released checkpoint
@@ -49,7 +49,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, device: torch.d
     rows, columns = ((at >= size - window).int() + (at >= size - shift).int()
                      for at, size in ((rows, height), (columns, width)))
     region = to_windows((3 * rows[:, None] + columns)[None, :, :, None], window)
-    return (region != region.mT).float().mul_(-100)[:, None]
+    return (region != region.transpose(-2, -1)).float().mul_(-100)[:, None]
 
 
 class WindowAttention(nn.Module):
@@ -71,8 +71,9 @@ class WindowAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)[None]
         bias = (bias if mask is None else bias + mask).to(qkv.dtype)
-        if bias.requires_grad:  # few fused kernels compute the gradient of a bias, and the fallback is slower than this
-            scores = (query * query.shape[-1] ** -0.5) @ key.mT
+        # few fused kernels compute the gradient of a bias, and the fallback is slower than this; exported files have none
+        if bias.requires_grad or is_exporting():
+            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
             scores = (scores.view(-1, *bias.shape) + bias).view_as(scores)
             x = scores.softmax(-1).to(value.dtype) @ value
         else:
@@ -112,7 +113,8 @@ class SwinBlock(nn.Module):
         moved, mask = self.norm1(x), None
         if self.shift:
             moved = moved.roll((-self.shift, -self.shift), (1, 2))
-            mask = shift_mask(height, width, self.window, self.shift, x.device)
+            make_mask = shift_mask.__wrapped__ if is_exporting() else shift_mask  # sizes of a trace are no keys of a cache
+            mask = make_mask(height, width, self.window, self.shift, x.device)
         moved = from_windows(self.attn(to_windows(moved, self.window), mask), self.window, height, width)
         if self.shift:
             moved = moved.roll((self.shift, self.shift), (1, 2))
