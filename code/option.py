@@ -187,7 +187,8 @@ def _add_network_flags(parser):
     group.add_argument("--n_resblocks", type=size,
                        help="number of residual blocks (EDSR), or of residual blocks per group (RCAN, SAN)")
     group.add_argument("--n_feats", type=size,
-                       help="number of feature channels (all but RDN; embed_dim of SwinIR, width of NAFNet, dim of Restormer)")
+                       help="number of feature channels (all but RDN): embed_dim of SwinIR, width of NAFNet, dim of "
+                            "Restormer")
     group.add_argument("--reduction", type=size, help="channel reduction factor of channel attention (RCAN, SAN)")
     group.add_argument("--res_scale", type=not_negative, help="residual scaling factor (EDSR)")
     group.add_argument("--n_inner", type=size, help="number of channels in the non-local block (SAN)")

@@ -20,7 +20,6 @@ SMALL = dict(n_resgroups=2, n_resblocks=1, n_feats=16, reduction=4, n_modules=2,
 UPSCALING = [name for name, (network, _) in NETWORKS.items() if 2 in network.scales]
 WITHOUT_LAYOUT = "EDSR", "RCAN", "SAN", "CARN", "CARN_M"  # at scale 1, at which they were not released
 each_network = pytest.mark.parametrize("name", NETWORKS)
-each_upscaling = pytest.mark.parametrize("name", UPSCALING)
 each_scale = pytest.mark.parametrize("name, scale", [(name, scale) for name, (network, _) in NETWORKS.items()
                                                      for scale in network.scales])
 
@@ -39,6 +38,10 @@ def small(name, scale=None, **sizes):
         if key.endswith(("beta", "gamma")) and parameter.ndim == 4:  # of NAFNet, whose new blocks compute the identity
             torch.nn.init.normal_(parameter)
     return net
+
+
+def scale_flags(scale):
+    return f"--scale {scale}" + " --degrade noise25" * (scale == 1)
 
 
 def test_every_network_can_be_given_as_a_flag():
@@ -97,26 +100,29 @@ def test_it_can_be_the_teacher_of_a_small_edsr(name):
         assert not parameter.requires_grad or (parameter.grad.isfinite().all() and parameter.grad.any()), key
 
 
-@each_upscaling
+@each_network
 def test_it_trains_with_checkpoints_of_other_networks_as_teachers(run_main, tiny_data, tmp_path, name):
-    others = [other for other in UPSCALING if other != name][:2]
+    scale = small(name).scale
+    others = [other for other in (UPSCALING if scale > 1 else ("NAFNet", "Restormer", "Compact")) if other != name][:2]
     for other in others:
-        torch.save(small(other).state_dict(), tmp_path / f"{other}.pth")
+        torch.save(small(other, scale).state_dict(), tmp_path / f"{other}.pth")
     sizes = " ".join(f"--{key} {str(value).replace(' ', '')}" for key, value in SMALL.items())
-    status, _, _ = run_main("train", f"--model {name} {sizes} --scale 2 --patch_size 24 --batch_size 2 --cpu --n_threads 0 "
-                            f"--dir_data {tiny_data} --data_train tiny --data_test tiny --epochs 1 --test_every 2 "
-                            f"--teacher {'+'.join(str(tmp_path / f'{other}.pth') for other in others)} "
+    status, _, _ = run_main("train", f"--model {name} {sizes} {scale_flags(scale)} --patch_size 24 --batch_size 2 --cpu "
+                            f"--n_threads 0 --dir_data {tiny_data} --data_train tiny --data_test tiny --epochs 1 "
+                            f"--test_every 2 --teacher {'+'.join(str(tmp_path / f'{other}.pth') for other in others)} "
                             f"--loss 1*DS+1*TS+10*SA+1*fitnet --ckp_dir {tmp_path / 'run'}")
     assert status == 0
     trained = load_model(tmp_path / "run" / "model" / "model_latest.pt")
     assert trained.config == small(name).config
 
 
-@each_upscaling
+@each_network
 def test_its_checkpoint_is_tested_without_flags_for_sizes(run_main, tiny_data, tmp_path, name):
-    torch.save(small(name, 4).state_dict(), tmp_path / "file.pth")
-    status, out, _ = run_main("test", f"--ckp_path {tmp_path / 'file.pth'} --dir_data {tiny_data} --data_test tiny --cpu")
-    assert status == 0 and f"{name}, scale 4" in out[0] and out[-1].split()[0] == "tiny"
+    scale = 4 if name in UPSCALING else 1
+    torch.save(small(name, scale).state_dict(), tmp_path / "file.pth")
+    status, out, _ = run_main("test", f"--ckp_path {tmp_path / 'file.pth'} --dir_data {tiny_data} --data_test tiny --cpu "
+                              + scale_flags(scale))
+    assert status == 0 and f"{name}, scale {scale}" in out[0] and out[-1].split()[0] == "tiny"
 
 
 @pytest.mark.parametrize("name", ["CARN", "CARN_M"])

@@ -81,8 +81,10 @@ def test_own_file_gives_the_network_back(tmp_path, net):
 
 @pytest.mark.parametrize("name", model.NETWORKS)
 def test_every_network_comes_back_from_its_own_file(tmp_path, name):
-    made = make_model(name, SimpleNamespace(scale=2, n_resgroups=2, n_resblocks=1, n_feats=16, reduction=4, n_modules=2,
-                                            RDNconfig="2,2,4", depths=(2,), num_heads=(2,)))
+    scale = 2 if 2 in model.NETWORKS[name][0].scales else 1
+    made = make_model(name, SimpleNamespace(scale=scale, n_resgroups=2, n_resblocks=1, n_feats=16, reduction=4, n_modules=2,
+                                            RDNconfig="2,2,4", depths=(2,), num_heads=(2,), num_block=1,
+                                            enc_blk_nums=(1,), dec_blk_nums=(2,), num_blocks=(1, 1, 1, 2)))
     save_model(made, tmp_path / "own.pt")
     assert same_weights(load_model(tmp_path / "own.pt"), made)
 

@@ -25,6 +25,9 @@ PUBLISHED = {  # millions at each scale, in the published digits
     "RDN_B": {2: "22.12", 3: "22.31", 4: "22.27"},
     "IMDN": {2: "0.694404", 3: "0.703059", 4: "0.715176"},
     "SPAN": {2: "0.481", 4: "0.498"}, "SPAN_S": {2: "0.411", 4: "0.426"}, "SPAN_student": {4: "0.151"},
+    "RRDB": {1: "16.723907", 2: "16.703171", 4: "16.697987"}, "RRDB_6B": {4: "4.467779"},
+    "NAFNet": {1: "17.111907"}, "NAFNet_student": {1: "2.683059"}, "NAFNet_S": {1: "0.319475"},  # the last not published
+    "Restormer": {1: "26.126644"}, "Restormer_student": {1: "3.813230"},
     "Compact_S": {2: "0.042"}, "Compact_M": {2: "0.088"}, "Compact_L": {2: "0.194"},  # not published
 }
 CASES = [(name, scale) for name, scales in PUBLISHED.items() for scale in scales]

@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from model.common import Network
+from model.nafnet import LayerNorm2d
 from model.san import NonLocal, SecondOrderAttention
 from system.errors import UserError
 
@@ -112,12 +113,14 @@ class Tracer(TorchFunctionMode):
 
     def convolve(self, result, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         """Bind the axes of a convolution."""
-        if groups > 1:
+        depthwise = groups > 1 and groups == x.shape[1] == weight.shape[0]
+        if groups > 1 and not depthwise:
             raise self.refusal("convolutions in groups")
         if self.get(x) is None:
             raise self.refusal("what is before a convolution")
-        self.bind(weight, 1, self.get(x))
-        filters = self.new(weight.shape[0])
+        if not depthwise:
+            self.bind(weight, 1, self.get(x))
+        filters = self.get(x) if depthwise else self.new(weight.shape[0])
         for parameter in (weight, bias) if bias is not None else (weight,):
             self.bind(parameter, 0, filters)
         self.set(result, filters)
@@ -159,7 +162,14 @@ def non_local(tracer: Tracer, module: NonLocal, x: torch.Tensor) -> list[int]:
     return tracer.get(module.W(value))
 
 
-RULES = {SecondOrderAttention: second_order_attention, NonLocal: non_local}
+def layer_norm(tracer: Tracer, module: nn.LayerNorm, x: torch.Tensor) -> list[int]:
+    """Bind the factors and offsets of a normalisation over channels."""
+    for parameter in (module.weight, module.bias):
+        tracer.bind(parameter, 0, tracer.get(x))
+    return tracer.get(x)
+
+
+RULES = {SecondOrderAttention: second_order_attention, NonLocal: non_local, LayerNorm2d: layer_norm}
 
 
 @contextmanager

@@ -53,6 +53,13 @@ class Network(nn.Module):
         """Return the name of a parameter in which repeated blocks are numbered, where the parameter's own name differs."""
         return name
 
+    def parts(self, name: str) -> dict[int, int]:
+        """Return the axes of a parameter along which equal parts of channels follow each other: {axis: number of parts}.
+
+        A student with fewer channels inherits the first ones of each part.
+        """
+        return {}
+
     def forward(self, lr: torch.Tensor,
                 features: bool = False) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
         """Super-resolve a batch of LR images.

@@ -125,6 +125,10 @@ class NAFNet(Network):
         """Pad N x 3 x H x W with zeros, which take part in the channel attention, as in the authors' network."""
         return F.pad(x, (0, -x.shape[3] % self.window, 0, -x.shape[2] % self.window))
 
+    def parts(self, name: str) -> dict[int, int]:
+        """Return the parts of a parameter, as `Network.parts` does: those that a gate multiplies."""
+        return {0: 2} if name.split(".")[-2] in ("conv1", "conv2", "conv4") else {}
+
     def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute the restored image and the feature maps, as `Network.super_resolve` describes."""
         y = head = self.intro(x)

@@ -45,9 +45,8 @@ class RDN(Network):
 
     def __init__(self, scale: int, G0: int = 64, RDNkSize: int = 3, RDNconfig: str = "A"):
         super().__init__()
+        self.require_scale(scale)
         n_blocks, n_convs, growth = parse_config(RDNconfig)
-        if scale == 1:
-            raise ValueError("there is no RDN for scale 1")
         if RDNkSize % 2 == 0:
             raise ValueError(f"RDNkSize {RDNkSize} is even; it must be odd")
         self.scale, self.n_feats = scale, G0

@@ -162,6 +162,20 @@ class Restormer(Network):
         """The channels of the four feature maps."""
         return self.n_feats, self.n_feats, 2 * self.n_feats, 2 * self.n_feats
 
+    def parts(self, name: str) -> dict[int, int]:
+        """Return the parts of a parameter, as `Network.parts` does: heads, gates, and the concatenation with the encoder."""
+        stage, heads = name.partition(".")[0], 1
+        joined = 2 if stage in ("decoder_level1", "refinement") else 1  # twice n_feats: decoder and encoder
+        if stage == "output" or stage.startswith("reduce_chan"):
+            return {1: 2}
+        if ".attn." in name:
+            heads = len(self.get_parameter(".".join(name.split(".")[:3]) + ".temperature"))
+        rows, columns = next((value for key, value in {
+            "norm": (joined, 1), "attn.qkv.": (3 * heads, joined), "attn.qkv_dwconv": (3 * heads, 1),
+            "attn.project_out": (joined, heads), "ffn.project_in": (2, joined), "ffn.dwconv": (2, 1),
+            "ffn.project_out": (joined, 1)}.items() if f".{key}" in name), (1, 1))
+        return {axis: number for axis, number in enumerate((rows, columns)) if number > 1}
+
     def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute the restored image and the feature maps, as `Network.super_resolve` describes."""
         y = head = self.patch_embed["proj"](x)

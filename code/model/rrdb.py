@@ -70,7 +70,7 @@ class RRDB(Network):
 
     def super_resolve(self, x: torch.Tensor, features: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Compute the SR image and the feature maps, as `Network.super_resolve` describes."""
-        head = self.conv_first(F.pixel_unshuffle(x, self.window))
+        head = self.conv_first(F.pixel_unshuffle(x, self.window) if self.window > 1 else x)
         y, middle = forward_features(self.body, head, self.feature_layers if features else ())
         y = body = head + self.conv_body(y)
         for layer in (self.conv_up1, self.conv_up2):

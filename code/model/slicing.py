@@ -17,8 +17,8 @@ from model.common import Network
 from system.errors import UserError
 
 # must be equal: the meaning of the parameters
-FIXED_ARGUMENTS = "scale", "window_size", "group", "carn_variant", "act_type", "reparameterise"
-WIDTH_ARGUMENTS = "n_feats", "G0", "RDNconfig", "n_inner"  # numbers of channels, which are multiplied by the width
+FIXED_ARGUMENTS = "scale", "window_size", "group", "carn_variant", "act_type", "reparameterise", "heads"
+WIDTH_ARGUMENTS = "n_feats", "G0", "RDNconfig", "n_inner", "num_grow_ch"  # channels, which are multiplied by the width
 CANNOT_INHERIT = "the student cannot start from the teacher's weights"
 
 Tree = dict  # component of parameter names -> Tree or the name of a parameter
@@ -96,7 +96,7 @@ def inherit(student: Network, teacher: Network, channels: str = "first") -> Netw
             if differs:
                 raise UserError(f"{CANNOT_INHERIT}: the student's {name} has shape {list(parameter.shape)}, "
                                 f"the teacher's {list(source.shape)}")
-            parameter.copy_(leading_slice(source, parameter.shape))
+            parameter.copy_(leading_channels(source, parameter.shape, student.parts(name)))
     return student
 
 
@@ -235,6 +235,14 @@ def leading_slice(parameter: torch.Tensor, shape: Sequence[int]) -> torch.Tensor
         if size < parameter.shape[axis]:
             parameter = parameter.narrow(axis, 0, size)
     return parameter
+
+
+def leading_channels(parameter: torch.Tensor, shape: Sequence[int], parts: dict[int, int]) -> torch.Tensor:
+    """Return the first entries of a parameter along each axis, or of each of the equal `parts` {axis: number} of an axis."""
+    for axis, number in parts.items():
+        divided = parameter.unflatten(axis, (number, -1)).narrow(axis + 1, 0, shape[axis] // number)
+        parameter = divided.flatten(axis, axis + 1)
+    return leading_slice(parameter, shape)
 
 
 def check_slice(full_network: Network, narrow: Network) -> None:

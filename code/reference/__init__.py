@@ -3,7 +3,7 @@
 To add a comparison, write a function of a size (pixels per side) and a device that returns a `Comparison`, and list it in
 COMPARISONS.
 """
-from reference import formula, training
+from reference import formula, restoration, training
 from reference.comparison import Comparison
 
 __all__ = ["COMPARISONS", "Comparison"]
@@ -19,4 +19,6 @@ COMPARISONS = {  # name: (function that makes the Comparison, default sizes)
     "teacher_cache": (training.teacher_cache, (192,)),
     "data": (training.data, (192,)),
     "precision": (training.precision, (48,)),
+    "nafnet_step": (restoration.nafnet_step, (128,)),
+    "restormer_step": (restoration.restormer_step, (96,)),
 }
