@@ -76,7 +76,8 @@ def _missing(name, folders, train):
     looked = " and ".join(map(str, folders))
     sample = "--data_train Sample --data_test Sample" if train else "--data_test Sample"
     return UserError(f"no dataset {name}: looked for {looked}; fetch the published ones with scripts/download_data.sh and "
-                     f"give their folder with --dir_data, or use the images of scikit-image: {sample}")
+                     f"give their folder with --dir_data, name folders of pairs with --pair_dirs, or use the images of "
+                     f"scikit-image: {sample}")
 
 
 def _sample(train):
