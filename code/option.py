@@ -618,7 +618,8 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
     if args.degrade:
         for name, effect in (("cache_teacher", "caches the outputs for others (in place of best, give best_running)"),
                              ("eco", "mixes them with inputs that are not degraded"),
-                             ("upcycle", "adds inputs that are not degraded, or degraded ground truth")):
+                             ("upcycle", "adds inputs that are not degraded, or degraded ground truth"),
+                             ("pair_dirs", "names the folders of degraded inputs")):
             if getattr(args, name):
                 parser.error(f"--degrade {args.degrade} makes new inputs in each iteration, but --{name} {effect}: give one "
                              "of them")

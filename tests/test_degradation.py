@@ -13,7 +13,7 @@ from PIL import Image
 import checkpoint
 import option
 from checkpoint import save_model
-from data import Images, degradation, degrade, filters, jpeg
+from data import Crops, Images, degradation, degrade, filters, jpeg
 from data.degradation import Degradation, Draws
 from model.compact import Compact
 from option_types import degradation_steps
@@ -55,7 +55,7 @@ def test_JPEG_is_that_of_libjpeg(quality, size):
     file = by_pillow(image, quality)
     found = jpeg.compress(to_batch(image).float(), torch.tensor([float(quality)]))[0].permute(1, 2, 0).numpy()
     difference = found - np.asarray(file).astype(float)
-    assert found.shape == image.shape and np.abs(difference).mean() < 0.6 and abs(difference.mean()) < 0.1
+    assert found.shape == image.shape and np.abs(difference).mean() < 1 and abs(difference.mean()) < 0.3
     psnr, expected = (10 * math.log10(255 ** 2 / ((x - image.astype(float)) ** 2).mean()) for x in (found, np.asarray(file)))
     assert psnr == pytest.approx(expected, abs=0.15)
     for index, base in enumerate((jpeg.LUMINANCE, jpeg.CHROMINANCE)):
@@ -258,6 +258,17 @@ def test_inputs_of_tests_are_the_same_in_every_run_and_differ_between_images(tin
     assert not np.array_equal(other.lr(0), found[0][1])  # of another degradation, from the same cache
 
 
+def test_at_scale_1_the_input_is_HR_degraded(tiny_data, tmp_path):
+    args = option.parse(f"--dir_data {tiny_data} --data_train tiny --scale 1 --patch_size 24 --degrade jpeg30 --dir_cache "
+                        f"{tmp_path}".split())
+    images = Images("tiny", args, train=False)
+    images.prepare()
+    difference = images.lr(2) - np.asarray(by_pillow(images.hr(2), 30)).astype(float)
+    assert np.abs(difference).mean() < 0.6
+    lr, hr = Crops(args)[0]
+    assert torch.equal(lr, hr)  # the batch is degraded on its device
+
+
 # ---- runs
 
 @pytest.fixture
@@ -290,7 +301,8 @@ def test_a_run_resumes_exactly(run_main, line, tmp_path, description):
 
 
 @pytest.mark.parametrize("more, words", [
-    ("--cache_teacher", "best_running"), ("--eco", "not degraded"), ("--upcycle zoom_in", "not degraded")])
+    ("--cache_teacher", "best_running"), ("--eco", "not degraded"), ("--upcycle zoom_in", "not degraded"),
+    ("--pair_dirs blur/sharp", "folders of degraded inputs")])
 def test_what_a_random_degradation_excludes(run_main, line, more, words, tmp_path):
     status, _, err = run_main("train", line + f"--degrade noise25 {more} --ckp_dir {tmp_path / 'run'}")
     assert status == 2 and len(err) == 1 and words in err[0] and not (tmp_path / "run").exists()
