@@ -187,9 +187,10 @@ def draw_speed(rows: list[tuple[str, ...]]) -> bytes:
 
 
 def hardest(hr: np.ndarray, sr: np.ndarray, side: int = CROP) -> tuple[slice, slice]:
-    """Return the slices of the side x side window, on a grid of half windows, with the largest squared error."""
+    """Return the slices of the side x side window, on a grid of half windows and at the ends, with the largest error."""
     error = ((hr.astype(float) - sr) ** 2).mean(2)
-    starts = [range(0, max(size - side, 0) + 1, max(side // 2, 1)) for size in error.shape]
+    ends = [max(size - side, 0) for size in error.shape]
+    starts = [sorted({*range(0, end, max(side // 2, 1)), end}) for end in ends]
     top, left = max(((y, x) for y in starts[0] for x in starts[1]),
                     key=lambda at: error[at[0]:at[0] + side, at[1]:at[1] + side].mean())
     return np.s_[top:top + side, left:left + side]

@@ -89,6 +89,7 @@ def page(title: str, about: str, protocol: str, columns: Sequence[str], rows: Se
     described = [dict(label=name) | COLUMNS.get(name, dict(better="lower" if lower_is_better.get(name) else "higher"))
                  for name in columns]
     data = json.dumps(dict(title=title, about=about, protocol=protocol, columns=described, rows=rows,
-                           images=list(gallery.entries.values())))
+                           images=list(gallery.entries.values())), ensure_ascii=False)
     # in a script element `</script>` and `<!--` end or change it, wherever they are
-    return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data.replace("<", "\\u003c")).encode()
+    text = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data.replace("<", "\\u003c"))
+    return text.encode(errors="replace")  # bytes of a file name that are no UTF-8
