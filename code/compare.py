@@ -1,7 +1,6 @@
-"""Compare checkpoints and bicubic upscaling, at scale 1 the input: compare.csv, compare.png, compare_speed.png, compare.html.
+"""Compare several checkpoints and bicubic upscaling, at scale 1 the input: compare.csv, compare.png, compare_speed.png.
 
-
-Run from this folder:
+With --html also compare.html, a page to look at them. Run from this folder:
 python compare.py --ckp_path scratch=A.pt+distilled=B.pt+teacher=RCAN --data_test Sample --ckp_dir quickstart
 """
 import logging

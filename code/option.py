@@ -433,7 +433,7 @@ def _add_comparison_flags(parser):
                             "sorts")
     group.add_argument("--html_images", type=size, default=10,
                        help="images of each test set in that page, the first ones; of larger ones it holds the 768 x 768 "
-                            "pixels where bicubic upscaling has the largest error")
+                            "pixels where bicubic upscaling, at scale 1 the input, has the largest error")
 
 
 def _add_visualization_flags(parser):
