@@ -1,7 +1,6 @@
 """Compare several checkpoints and bicubic upscaling, at scale 1 the input: compare.csv, compare.png, compare_speed.png.
 
-Run from this folder:
-
+With --html also compare.html, a page to look at them. Run from this folder:
 python compare.py --ckp_path scratch=A.pt+distilled=B.pt+teacher=RCAN --data_test Sample --ckp_dir quickstart
 """
 import logging
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import html_page
 import option
 from option_types import parse_labelled
 from plotting import set_log_x, to_png
@@ -19,6 +19,8 @@ from system.errors import UserError, writing
 from system.signals import run_script
 
 if TYPE_CHECKING:
+    import torch
+
     from data import Images
 
 log = logging.getLogger("sr")
@@ -47,15 +49,21 @@ def main() -> int:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     benchmarks = make_benchmarks(args)
+    for images in benchmarks:
+        if not any(pair.hr for pair in images.pairs):
+            raise UserError(f"{images.name} has no HR images to compare with")
+    gallery = html_page.Gallery(args.html_images, hardest) if args.html else None
     rows = []
     for images in benchmarks:
         size = megapixels(images)
         for label, upscale in methods.items():
+            if gallery:
+                gallery.label = label
             # a warm-up: the first forward pass takes longer, which the time should not include
             evaluation.upscale_image(upscale, images, 0, images.lr(0))
-            score = evaluation.score(upscale, images, space=args.metric_space, perceptual=metrics)
-            if score.psnr is None:
-                raise UserError(f"{images.name} has no HR images to compare with")
+            score = evaluation.score(upscale, images, gallery, space=args.metric_space, perceptual=metrics)
+            if gallery:
+                gallery.add_scores(score)
             parameters = sum(p.numel() for p in nets[label].parameters()) if label in nets else 0
             rows.append((label, f"{images.name} x{args.scale}", f"{score.psnr:.3f}", f"{score.ssim:.4f}",
                          *(f"{value:.4f}" for value in score.perceptual.values()), f"{parameters}",
@@ -69,8 +77,22 @@ def main() -> int:
     write_table(folder / "compare.csv", [dict(zip(columns, row)) for row in rows])
     atomic_write(folder / "compare.png", picture(benchmarks[0], methods, args.metric_space))
     atomic_write(folder / "compare_speed.png", draw_speed([row for row in rows if row[0] != baseline]))
+    if gallery:
+        page = html_page.page(folder.name, *describe(args, benchmarks, device), columns, rows,
+                              {metric.name: metric.lower_is_better for metric in metrics}, gallery)
+        atomic_write(folder / "compare.html", page)
+        log.info("page: %s, %.1f MB", os.path.relpath(folder / "compare.html"), len(page) / 1e6)
     log.info("table and pictures: %s, compare.png and compare_speed.png", os.path.relpath(folder / "compare.csv"))
     return 0
+
+
+def describe(args: SimpleNamespace, benchmarks: list["Images"], device: "torch.device") -> tuple[str, str]:
+    """Return what the page compares, and how it was measured."""
+    sets = ", ".join(f"{images.name} ({len(images)} image{'s' * (len(images) > 1)})" for images in benchmarks)
+    space = "the Y channel" if args.metric_space == "y" else "RGB"
+    how = f"{args.precision} precision on {device.type}" + ", self-ensemble" * args.self_ensemble + ", in tiles" * args.chop
+    return (f"scale {args.scale}, {sets}",
+            f"PSNR and SSIM on {space}, {option.shave_of(args)} pixels shaved off each border. Times: {how}.")
 
 
 def load(args: SimpleNamespace) -> dict:
@@ -164,9 +186,10 @@ def draw_speed(rows: list[tuple[str, ...]]) -> bytes:
 
 
 def hardest(hr: np.ndarray, sr: np.ndarray, side: int = CROP) -> tuple[slice, slice]:
-    """Return the slices of the side x side window, on a grid of half windows, with the largest squared error."""
+    """Return the slices of the side x side window, on a grid of half windows and at the ends, with the largest error."""
     error = ((hr.astype(float) - sr) ** 2).mean(2)
-    starts = [range(0, max(size - side, 0) + 1, max(side // 2, 1)) for size in error.shape]
+    ends = [max(size - side, 0) for size in error.shape]
+    starts = [sorted({*range(0, end, max(side // 2, 1)), end}) for end in ends]
     top, left = max(((y, x) for y in starts[0] for x in starts[1]),
                     key=lambda at: error[at[0]:at[0] + side, at[1]:at[1] + side].mean())
     return np.s_[top:top + side, left:left + side]

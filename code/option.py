@@ -104,7 +104,7 @@ def make_parser() -> Parser:
                                 "flags from a file, one per line, such as the config.txt of a run.")
     for add_flags in (_add_device_flags, _add_data_flags, _add_network_flags, _add_loss_flags, _add_view_flags,
                       _add_term_flags, _add_training_flags, _add_experiment_flags, _add_testing_flags,
-                      _add_visualization_flags, _add_summary_flags, _add_export_flags):
+                      _add_comparison_flags, _add_visualization_flags, _add_summary_flags, _add_export_flags):
         add_flags(parser)
     return parser
 
@@ -432,6 +432,16 @@ def _add_testing_flags(parser):
     group.add_argument("--self_ensemble", action="store_true", help="average the outputs for 8 flips and transposes (EDSR+)")
 
 
+def _add_comparison_flags(parser):
+    group = parser.add_argument_group("compare.py")
+    group.add_argument("--html", action="store_true",
+                       help="write compare.html too, a page in one file: a slider between any two results, and a table that "
+                            "sorts")
+    group.add_argument("--html_images", type=size, default=10,
+                       help="images of each test set in that page, the first ones; of larger ones it holds the 768 x 768 "
+                            "pixels where bicubic upscaling, at scale 1 the input, has the largest error")
+
+
 def _add_visualization_flags(parser):
     group = parser.add_argument_group("visualize.py")
     group.add_argument("--image", help="name of the image of --data_test (default: the first one)")
@@ -659,6 +669,8 @@ def check_combinations(parser: Parser, args: argparse.Namespace) -> None:
         if name != PurePath(name).name or name == "..":
             parser.error(f"--data_test {name}: give the name of a folder in --dir_data or --dir_data/benchmark, such as "
                          f"{PurePath(os.path.normpath(name)).name.strip('.') or 'Set5'}")
+    if "html_images" in args.given and not args.html:
+        parser.error("--html_images is the number of images in the page of --html, which is not given: give both")
     if args.chop_mem and not args.chop:
         parser.error("--chop_mem is the memory limit of --chop, which is not given: give both")
     if args.int8 and args.format not in (None, "onnx"):

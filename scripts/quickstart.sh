@@ -23,4 +23,4 @@ for student in scratch scratch_MUON distilled; do
     students+="$student=$experiments/$student/model/model_latest.pt+"
 done
 echo "== held-out photos"
-python "$code/compare.py" --scale 2 --data_test Sample --ckp_dir quickstart --ckp_path "${students}teacher=RCAN"
+python "$code/compare.py" --scale 2 --data_test Sample --ckp_dir quickstart --ckp_path "${students}teacher=RCAN" --html

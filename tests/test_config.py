@@ -28,7 +28,7 @@ ALL_FLAGS = (  # one value that is no default, of each flag
     "--decay_from 3 --log_gradients 3 --gan_update before "
     "--ckp_dir x/y --save_every 2 --tensorboard --save_models --save_results --save_gt --ckp_path z.pt --TS T "
     "--chop --chop_mem 1 --metric_space rgb --shave 3 --metrics lpips+niqe "
-    "--self_ensemble --image i --point 3,4 --crop 32 --output_size 640x360 --time "
+    "--self_ensemble --html --html_images 3 --image i --point 3,4 --crop 32 --output_size 640x360 --time "
     "--format onnx --output o.onnx --int8 f --license MIT")
 NOT_WITH_LOSS = {"alpha", "feature_loss_used", "feature_distilation_type"}
 
