@@ -54,7 +54,7 @@ def find(name: str, args: Namespace, train: bool) -> Source:
 
 def _find(name, args, train):
     if name == "Sample":
-        return _sample(train)
+        return sample(train)
     if name == "Demo":
         if train:
             raise UserError("--data_train Demo: put images to train on into DIR_DATA/NAME/HR and give --data_train NAME")
@@ -80,7 +80,8 @@ def _missing(name, folders, train):
                      f"scikit-image: {sample}")
 
 
-def _sample(train):
+def sample(train: bool) -> Source:
+    """Find the photos of scikit-image, for training or testing; raises UserError where its version lacks some."""
     package = importlib.util.find_spec("skimage")
     folder = Path(package.origin).parent / "data"
     files = [folder / file for file in (SAMPLE_TRAIN if train else SAMPLE_TEST)]

@@ -3,7 +3,6 @@ import copy
 import importlib
 import json
 import warnings
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -65,7 +64,7 @@ def sample_images(rgb_range: float) -> list[torch.Tensor]:
 
 @cache
 def _photos():
-    pairs = source.find("Sample", Namespace(dir_data=""), train=False).pairs
+    pairs = source.sample(train=False).pairs
     return [centre(read_photo(pair.hr), *size) for pair, size in zip(pairs, SIZES)]
 
 
