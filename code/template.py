@@ -14,15 +14,15 @@ TEMPLATES = {
     # runs in every iteration and for one whose outputs are cached
     "best_running": dict(loss="1*DS+1*TS", optimizer="MUON", lr="5e-3", decay="cosine", warmup="50"),
     "best": dict(loss="1*DS+1*TS", optimizer="MUON", lr="5e-3", decay="cosine", warmup="50", cache_teacher=True),
-    # the training of Real-ESRGAN (Wang et al., ICCVW 2021; train_realesrnet_x4plus.yml, then train_realesrgan_x4plus.yml
-    # with the result of the first as --pre_train), with a teacher as an addition, for any student: RealESRNet+Compact_L. VGG
+    # Real-ESRGAN's training (Wang et al., ICCVW 2021; train_realesrnet_x4plus.yml, then train_realesrgan_x4plus.yml with the
+    # result of the first as --pre_train), and a teacher as an addition, for any student: RealESRNet_student+Compact_L. VGG
     # has the layers of CSD, and the discriminator's real images are sharpened too
-    "RealESRNet": dict(degrade="realesrgan", loss="1*DS+1*TS", image_range="1", optimizer="ADAM", lr="2e-4",
-                       betas="0.9,0.99", gamma="1", ema="0.999", batch_size="48", patch_size="256", epochs="1000",
-                       test_every="1000"),
-    "RealESRGAN": dict(degrade="realesrgan", loss="1*DS+1*TS+1*VGG+0.1*GAN", image_range="1", gan_net="unet", gan_lr="1e-4",
-                       optimizer="ADAM", lr="1e-4", betas="0.9,0.99", gamma="1", ema="0.999", batch_size="48",
-                       patch_size="256", epochs="400", test_every="1000"),
+    "RealESRNet_student": dict(degrade="realesrgan", loss="1*DS+1*TS", image_range="1", optimizer="ADAM", lr="2e-4",
+                               betas="0.9,0.99", gamma="1", ema="0.999", batch_size="48", patch_size="256", epochs="1000",
+                               test_every="1000"),
+    "RealESRGAN_student": dict(degrade="realesrgan", loss="1*DS+1*TS+1*VGG+0.1*GAN", image_range="1", gan_net="unet",
+                               gan_lr="1e-4", optimizer="ADAM", lr="1e-4", betas="0.9,0.99", gamma="1", ema="0.999",
+                               batch_size="48", patch_size="256", epochs="400", test_every="1000"),
     # no distillation, but initialised with the teacher's weights: the baseline of students that are initialised so
     "inherit": dict(loss="1*DS", init_from_teacher="first"),
     # sizes of published networks, with their number of parameters at scale 2; the scale itself is --scale

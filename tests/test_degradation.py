@@ -325,4 +325,10 @@ def test_a_wrong_description_is_one_line(description, words, capsys):
 def test_descriptions():
     assert degradation_steps("blur+noise0-55+jpeg40") == [("blur", 5, 15), ("noise", 0, 55), ("jpeg", 40, 40)]
     assert degradation_steps("rain+blur7") == [("rain", 0, 0), ("blur", 7, 7)]
-    assert option.parse(["--template", "RealESRNet", "--degrade="]).degrade == ""
+
+
+def test_the_presets_have_the_published_weights_in_any_range_of_the_images():
+    args = option.parse("--template RealESRGAN_student+Compact_S --rgb_range 1".split())
+    assert (args.loss, args.lr, args.gan_net, args.degrade) == ("1*DS+1*TS+1*VGG+0.1*GAN", 1e-4, "unet", "realesrgan")
+    assert option.parse("--template RealESRGAN_student".split()).loss == "1*DS+1*TS+255*VGG+25.5*GAN"
+    assert option.parse("--template RealESRNet_student --degrade=".split()).degrade == ""

@@ -164,12 +164,12 @@ def random_rain(images: torch.Tensor, _low: float, _high: float, draws: Draws) -
     """Add white streaks of one direction, length and density for each image."""
     height, width = (size + 2 * RAIN_RADIUS for size in images.shape[2:])  # drops outside have streaks inside
     direction = math.pi / 2 + draws.uniform(-RAIN_ANGLE, RAIN_ANGLE, 1).expand(-1, PATH_STEPS)
-    length, density = draws.uniform(*RAIN_LENGTH), draws.uniform(*RAIN_DENSITY).to(images)[:, None, None, None]
+    length, density, brightness = (draws.uniform(*limits) for limits in (RAIN_LENGTH, RAIN_DENSITY, RAIN_BRIGHTNESS))
+    density, brightness = (x.view(-1, 1, 1, 1).to(images, non_blocking=True) for x in (density, brightness))
     kernels = motion_kernels(length, direction, RAIN_RADIUS)
     kernels = kernels / kernels.amax((1, 2), keepdim=True)
     drops = draws.uniform_noise(1, height, width).to(images)
     drops = (drops < density) * drops / density  # uniform in [0, 1) where there is a drop
-    brightness = draws.uniform(*RAIN_BRIGHTNESS).to(images)[:, None, None, None]
     streaks = filter_images(drops, kernels)[..., RAIN_RADIUS:-RAIN_RADIUS, RAIN_RADIUS:-RAIN_RADIUS]
     return (images + brightness * streaks.clamp(max=1)).clamp(0, 255)
 
@@ -265,8 +265,8 @@ def poisson_noise(images: torch.Tensor, gray: torch.Tensor, draws: Draws) -> tor
     A pixel of value v in [0, 255] has v / 255 * c photons, where c is the number of different values in the image, rounded
     up to a power of two (as in scikit-image).
     """
-    weights = images.new_tensor((0.2989, 0.587, 0.114)).view(3, 1, 1)
-    luminance = (images * weights).sum(1, keepdim=True).expand_as(images)
+    red, green, blue = images.split(1, 1)
+    luminance = (0.2989 * red + 0.587 * green + 0.114 * blue).expand_as(images)
     images = torch.where(gray.to(images.device, non_blocking=True).view(-1, 1, 1, 1), luminance, images)
     images = images.round().clamp(0, 255)
     present = images.new_zeros(len(images), 256).scatter_(1, images.flatten(1).long(), 1)

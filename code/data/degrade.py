@@ -71,4 +71,4 @@ def _resize(x, height, width, extension, margin, rounded=True):
 @lru_cache(maxsize=256)
 def padding_index(size: int, extension: int, mode: str, device: torch.device) -> torch.Tensor:
     """Return the index that extends an axis of `size` pixels on both sides, in a mode of np.pad; F.pad has few of them."""
-    return torch.from_numpy(np.pad(np.arange(size), extension, mode=mode)).to(device)
+    return torch.from_numpy(np.pad(np.arange(size), extension, mode=mode)).to(device, non_blocking=True)

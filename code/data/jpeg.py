@@ -29,7 +29,7 @@ def compress(images: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     images = images.round().clamp(0, 255)
     for axis, size in ((2, height), (3, width)):  # whole blocks of chroma
         images = images.index_select(axis, padding_index(size, -size % 16, "edge", images.device)[-size % 16:])
-    offset = images.new_tensor([0, 128, 128]).view(3, 1, 1)
+    offset = torch.tensor([[[0.0]], [[128]], [[128]]]).to(images, non_blocking=True)
     y, chroma = (_mix(images, TO_YCC) + offset).round().split((1, 2), 1)
     chroma = F.avg_pool2d(chroma, 2)
     chroma = (chroma + 0.25 + _odd(chroma) / 4).floor()  # halves down and up in turn
@@ -75,4 +75,5 @@ def _cosines():
 
 def _mix(images, weights):
     """Multiply the three channels by a 3 x 3 matrix; a 1 x 1 convolution takes ten times as long on a CPU."""
-    return (images.new_tensor(weights) @ images.flatten(2)).view(images.shape)
+    weights = torch.tensor(weights, dtype=torch.float64).to(images, non_blocking=True)
+    return (weights @ images.flatten(2)).view(images.shape)
