@@ -328,7 +328,7 @@ def test_descriptions():
 
 
 def test_the_presets_have_the_published_weights_in_any_range_of_the_images():
-    args = option.parse("--template RealESRGAN_student+Compact_S --rgb_range 1".split())
+    args = option.parse(["--template", "RealESRGAN_student+Compact_S", "--rgb_range", "1"])
     assert (args.loss, args.lr, args.gan_net, args.degrade) == ("1*DS+1*TS+1*VGG+0.1*GAN", 1e-4, "unet", "realesrgan")
-    assert option.parse("--template RealESRGAN_student".split()).loss == "1*DS+1*TS+255*VGG+25.5*GAN"
-    assert option.parse("--template RealESRNet_student --degrade=".split()).degrade == ""
+    assert option.parse(["--template", "RealESRGAN_student"]).loss == "1*DS+1*TS+255*VGG+25.5*GAN"
+    assert option.parse(["--template", "RealESRNet_student", "--degrade="]).degrade == ""
