@@ -22,8 +22,8 @@ from test_scripts import checkout  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
 SIZES = {"affinity": 8, "affinity_batch": 8, "san_pooling": 12, "san_forward": 13, "whole_image": 20, "chop": 32,
-         "dukd_step": 32, "teacher_cache": 32, "data": 32, "precision": 12, "nafnet_step": 16,
-         "restormer_step": 16}
+         "dukd_step": 32, "teacher_cache": 32, "data": 32, "precision": 12, "nafnet_step": 48,
+         "restormer_step": 32}
 RANDOM = "dukd_step", "teacher_cache"
 STEPS = {"nafnet_step": 1e-4, "restormer_step": 1e-4}  # with gradients, which are sums over all pixels
 NETWORKS = training.STUDENT, training.TEACHER
@@ -42,8 +42,8 @@ def tiny(monkeypatch, tmp_path):
                            MIN_SIZE=200)),
             (training, dict(BATCH_SIZE=dict(cpu=2), CROPS=5, STUDENT=edsr, TEACHER=dict(edsr, n_feats=8),
                             HR_SIZE=(50, 70), EDSR_SIZES=dict(n_resblocks=1, n_feats=16))),
-            (restoration, dict(NAFNET=dict(n_feats=4, enc_blk_nums=(1,), dec_blk_nums=(1,)),
-                               RESTORMER=dict(n_feats=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1)))):
+            (restoration, dict(NAFNET=dict(n_feats=16, enc_blk_nums=(1,), dec_blk_nums=(1,)),
+                               RESTORMER=dict(n_feats=16, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1)))):
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
     sizes = {name: (make, (SIZES[name],)) for name, (make, _) in reference.COMPARISONS.items()}
