@@ -1,7 +1,7 @@
 """Tabulate the scores over seeds of the runs of scripts/compare_methods.sh, and draw them.
 
-Reads the last epoch of each run FOLDER/METHOD_SEED, and the scores of the teacher and of bicubic upscaling in
-FOLDER/compare.csv. Writes to FOLDER:
+Reads the last epoch of each run FOLDER/METHOD_SEED, and the scores of the teacher and of bicubic upscaling (at scale 1: of
+the input) in FOLDER/compare.csv. Writes to FOLDER:
 
 methods.csv: the scores and the training time of each run. methods.md: mean ± standard deviation over seeds, that of a sample
 (n - 1); a single seed has none. The last column is the mean difference to the best method on that data set with its 95 %
@@ -40,6 +40,14 @@ class Run(NamedTuple):
     ssim: float
     seconds: float
     images: dict[str, float]
+
+
+class Ends(NamedTuple):
+    """The PSNR of the teacher on a data set, and of bicubic upscaling, or at scale 1 of the input, with its label."""
+
+    label: str
+    baseline: float
+    teacher: float
 
 
 def main() -> int:
@@ -107,12 +115,12 @@ def last_test(folder: Path, method: str, seed: str) -> list[Run]:
         raise UserError(f"{path}: a score of the run is no number ({error})") from None
 
 
-def read_ends(path: Path) -> dict[str, tuple[float, float]]:
-    """Return {data set: PSNR of bicubic upscaling and of the teacher} from the compare.csv of compare.py."""
+def read_ends(path: Path) -> dict[str, Ends]:
+    """Return {data set: scores of the teacher and of what it improves} from the compare.csv of compare.py."""
     scores = {}
     for row in read_rows(path, ("network", "dataset", "psnr")):
         scores.setdefault(row["dataset"].rpartition(" x")[0], {})[row["network"]] = float(row["psnr"])
-    return {dataset: (psnrs["bicubic"], psnrs["teacher"]) for dataset, psnrs in scores.items()}
+    return {dataset: Ends(*next(iter(psnrs.items())), psnrs["teacher"]) for dataset, psnrs in scores.items()}
 
 
 def seconds_per_iteration(folder: Path) -> float:
@@ -170,25 +178,25 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f}{deviation}"
 
 
-def draw_gaps(runs: Sequence[Run], ends: dict[str, tuple[float, float]]) -> bytes:
-    """Draw the part of the teacher's gain over bicubic that each method reaches; return a PNG file."""
+def draw_gaps(runs: Sequence[Run], ends: dict[str, Ends]) -> bytes:
+    """Draw the part of the teacher's gain that each method reaches, and return a PNG file."""
     groups = grouped(runs)
     figure, axes = panels(len(groups))
     for axis, (dataset, methods) in zip(axes, groups.items()):
-        bicubic, teacher = ends[dataset]
-        parts = [[100 * (run.psnr - bicubic) / (teacher - bicubic) for run in found] for found in methods.values()]
+        label, baseline, teacher = ends[dataset]
+        parts = [[100 * (run.psnr - baseline) / (teacher - baseline) for run in found] for found in methods.values()]
         means = [np.mean(values) for values in parts]
         axis.barh(range(len(means)), means, xerr=[deviation(values) for values in parts], color="C0", capsize=3)
         axis.set_yticks(range(len(means)), methods)
         axis.invert_yaxis()
         axis.set_xlim(min(means) - 8, max(means) + 8)  # bars from 0 would hide what differs
-        axis.set_xlabel("part of the teacher's gain over bicubic (%)")
-        axis.set_title(f"{dataset}: bicubic {bicubic:.2f} dB, teacher {teacher:.2f} dB", fontsize="medium")
+        axis.set_xlabel(f"part of the teacher's gain over {label} (%)")
+        axis.set_title(f"{dataset}: {label} {baseline:.2f} dB, teacher {teacher:.2f} dB", fontsize="medium")
         axis.grid(axis="x", alpha=0.3)
     return to_png(figure)
 
 
-def draw_times(runs: Sequence[Run], ends: dict[str, tuple[float, float]]) -> bytes:
+def draw_times(runs: Sequence[Run], ends: dict[str, Ends]) -> bytes:
     """Draw PSNR against the training time, a point with a standard deviation for each method; return a PNG file."""
     groups = grouped(runs)
     figure, axes = panels(len(groups))
@@ -201,7 +209,7 @@ def draw_times(runs: Sequence[Run], ends: dict[str, tuple[float, float]]) -> byt
         axis.margins(x=0.2)
         axis.set_xlabel("training time (min)")
         axis.set_ylabel("PSNR (dB)")
-        axis.set_title(f"{dataset}: teacher {ends[dataset][1]:.2f} dB", fontsize="medium")
+        axis.set_title(f"{dataset}: teacher {ends[dataset].teacher:.2f} dB", fontsize="medium")
         axis.grid(alpha=0.3)
     return to_png(figure)
 

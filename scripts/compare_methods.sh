@@ -6,6 +6,8 @@
 #     METHODS="scratch FAKD" SEEDS="1 2 3" MINUTES=5 bash scripts/compare_methods.sh --scale 2 ...
 #
 # METHODS, SEEDS   environment variables: the methods and seeds to compare (default: all methods, seeds 1 2 3)
+# NAME             folder of the runs in experiment/ (default: compare_methods)
+# MUON_LR          learning rate of the methods that are trained by MUON (default: --lr, as of the others)
 # MINUTES          trains each student for about this time instead of --epochs and --test_every: the time of an iteration is
 #                  measured once for each method, so nothing else should run on the machine
 # Arguments go to train.py: student, one teacher, data. Finished runs are not repeated, interrupted runs continue. The runs,
@@ -16,7 +18,7 @@
 # the VQGAN are not in teacher_checkpoint/, the feature networks are random, and the table says so.
 source "$(dirname "$0")/env.sh"
 minutes=${MINUTES:-}
-name=compare_methods${minutes:+_${minutes}min}
+name=${NAME:-compare_methods}${minutes:+_${minutes}min}
 experiments=$root/experiment/$name
 all="scratch scratch_MUON TS TS_cached FAKD CSD DUKD DCKD MCADKD best"
 methods=${METHODS:-$all}
@@ -39,8 +41,8 @@ flags_of() {
         TS) echo "--loss 1*DS+1*TS" ;;
         TS_cached) echo "--loss 1*DS+1*TS --cache_teacher" ;;
         CSD) echo "--loss 1*DS+200*CSD" ;;
-        FAKD | DUKD | DCKD | MCADKD | best) echo "--template $1" ;;
-        *) echo "error: METHODS: unknown method $1; the methods are $all inherit" >&2; return 2 ;;
+        FAKD | DUKD | DCKD | MCADKD | best | best_running) echo "--template $1" ;;
+        *) echo "error: METHODS: unknown method $1; the methods are $all best_running inherit" >&2; return 2 ;;
     esac
 }
 
@@ -67,6 +69,7 @@ train() { # method, folder, flags
         *) of_method="$of_method${template:+ --template $template}" ;;
     esac
     if is_random "$method"; then of_method="$of_method --feature_net random"; fi
+    case $method in scratch_MUON | best | best_running) set -- ${MUON_LR:+--lr "$MUON_LR"} "$@" ;; esac
     python "$code/train.py" $of_method --lr 2e-4 --betas 0.9,0.99 --decay cosine --ema 0.999 "${flags[@]}" "$@" \
         --resume auto --ckp_dir "$name/$folder"
 }
