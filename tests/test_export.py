@@ -20,7 +20,9 @@ from exporting.common import describe, sample_images
 from model import fuse, load_model, san
 from model.common import ImageConv, pad_to_window, reflected_positions
 from model.compact import Compact
+from model.nafnet import NAFNet
 from model.rcan import RCAN
+from model.rrdb import RRDB
 from model.span import SPAN
 from model.swinir import SwinIR
 from system.errors import UserError
@@ -39,7 +41,7 @@ def seed():
     torch.manual_seed(0)
 
 
-def small(name, scale=2):
+def small(name, scale=None):
     net = small_network(name, scale, n_resgroups=1, n_modules=1, depths=[2], num_heads=[2], RDNconfig="1,2,8")
     return perturbed(net) if name == "SwinIR" else net  # its initial weights are tiny
 
@@ -78,7 +80,7 @@ def test_onnx_of_every_network_at_any_size(tmp_path, name):
 
 @each_network
 def test_torchscript_and_safetensors_of_every_network(tmp_path, name):
-    net = unit(small(name, 4))
+    net = unit(small(name))
     for kind in ("torchscript", "safetensors"):
         (tmp_path / kind).mkdir()
         run, difference = export(net, tmp_path / kind, kind)
@@ -122,9 +124,17 @@ def test_the_recorded_padding_is_that_of_training(size, window):
     assert pad_to_window(x, window)[0, 0, :, 0].tolist() == reflected_positions(size, window, x.device).tolist()
 
 
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "ncnn"])
+def test_a_network_that_distinguishes_large_images_is_not_recorded(tmp_path, kind):
+    pytest.importorskip("ncnn")
+    with pytest.raises(UserError, match=r"--tlc_size 64 .* give --tlc_size 0"):
+        export(unit(NAFNet(1, 8, [1], 1, [1], tlc_size=64)), tmp_path, kind)
+    assert not list(tmp_path.iterdir())
+
+
 # ---- float16 and int8
 
-@pytest.mark.parametrize("name", ["RCAN", "SwinIR", "SAN"])
+@pytest.mark.parametrize("name", ["RCAN", "SwinIR", "SAN", "Restormer"])
 def test_half_precision_computes_in_float16_between_float32(tmp_path, name):
     onnx = pytest.importorskip("onnx")
     net = unit(small(name))
@@ -197,6 +207,12 @@ SPANDREL = {  # a network, names by which spandrel detects it, and shapes from w
         "block_1.c1_r.eval_conv.weight": (12, 12, 3, 3), "block_1.c3_r.eval_conv.weight": (12, 12, 3, 3),
         "conv_2.sk.weight": (12, 12, 1, 1), "conv_2.eval_conv.weight": (12, 12, 3, 3),
         "upsampler.0.weight": (12, 12, 3, 3)}),
+    "Compact, scale 1": (lambda: Compact(1, 8, 2), {"body.6.bias": (3,)}),
+    "SPAN, scale 1": (lambda: SPAN(1, 12), {"upsampler.0.weight": (3, 12, 3, 3)}),
+    "NAFNet": (lambda: small("NAFNet"), {"intro.weight": (16, 3, 3, 3), "middle_blks.0.sca.1.weight": (64, 64, 1, 1)}),
+    "RRDB": (lambda: RRDB(4, 16, 1), {"conv_first.weight": (16, 3, 3, 3), "body.0.rdb1.conv1.weight": (32, 16, 3, 3),
+                                     "conv_body.weight": (16, 16, 3, 3), "conv_last.weight": (3, 16, 3, 3)}),
+    "RRDB, scale 2": (lambda: RRDB(2, 16, 1), {"conv_first.weight": (16, 12, 3, 3)}),
     "SwinIR": (swinir, {
         "layers.0.residual_group.blocks.0.norm1.weight": (12,), "conv_first.weight": (12, 3, 3, 3),
         "layers.0.residual_group.blocks.0.mlp.fc1.bias": (24,),
@@ -204,6 +220,7 @@ SPANDREL = {  # a network, names by which spandrel detects it, and shapes from w
         "layers.1.residual_group.blocks.1.attn_mask": (64, 64, 64)}),
     "SwinIR, light": (lambda: swinir(scale=3, upsampler="pixelshuffledirect", window_size=4), {
         "layers.0.residual_group.blocks.1.attn_mask": (256, 16, 16)}),
+    "SwinIR, denoising": (lambda: swinir(scale=1, upsampler=""), {"conv_last.weight": (3, 12, 3, 3)}),
     "SwinIR, real": (lambda: swinir(scale=4, upsampler="nearest+conv", resi_connection="3conv"), {
         "conv_up2.weight": (64, 64, 3, 3), "conv_after_body.0.weight": (3, 12, 3, 3)}),
 }
@@ -237,7 +254,7 @@ def test_spandrel_computes_the_network(spandrel, tmp_path, name, suffix):
     net = unit(SPANDREL[name][0]())
     _, difference = export(net, tmp_path, "spandrel", suffix=suffix)
     model = spandrel.ModelLoader("cpu").load_from_file(tmp_path / f"net{suffix}").eval()  # without stochastic depth
-    assert model.architecture.id == name.partition(",")[0] and model.scale == net.scale
+    assert model.architecture.id == name.partition(",")[0].replace("RRDB", "ESRGAN") and model.scale == net.scale
     assert difference < 1e-5
     x = torch.rand(1, 3, 23, 18)
     assert torch.allclose(model.model(x.clone()), net(x), atol=1e-4 * max(1, net(x).abs().max().item()))
@@ -245,7 +262,8 @@ def test_spandrel_computes_the_network(spandrel, tmp_path, name, suffix):
 
 @pytest.mark.parametrize("net, words", [
     (lambda: small("IMDN"), "spandrel has no IMDN"), (lambda: swinir(img_range=2), "img_range 2"),
-    (lambda: SPAN(2, 12, img_range=1), "img_range 1")])
+    (lambda: SPAN(2, 12, img_range=1), "img_range 1"), (lambda: RCAN(1, **TINY), "scale 1"),
+    (lambda: NAFNet(1, 8, [1], 1, [1], tlc_size=64), "tlc_size 64"), (lambda: RRDB(4, 8, 1, 8), "num_grow_ch 8")])
 def test_networks_that_spandrel_lacks_are_refused(tmp_path, net, words):
     with pytest.raises(UserError, match=f"--format spandrel: .*{words}.*; give --format onnx"):
         export(unit(net()), tmp_path, "spandrel")

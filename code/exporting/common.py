@@ -24,10 +24,16 @@ RECORDED_SIZE = 24, 20  # of the image with which a network is recorded
 
 
 class Exportable(nn.Module):
-    """A network whose weights and computation have another dtype, but whose input and output are float32."""
+    """A network to be recorded, whose weights and computation have another dtype, but whose input and output are float32.
+
+    Raises UserError for a network that computes something else for large images, since only one path is recorded.
+    """
 
     def __init__(self, net: Network, dtype: torch.dtype):
         super().__init__()
+        if net.config.get("tlc_size"):
+            raise UserError(f"--tlc_size {net.config['tlc_size']} applies to images above that size, which a recorded "
+                            "network does not distinguish; give --tlc_size 0, or --format safetensors")
         self.net, self.dtype = copy.deepcopy(net).to(dtype).requires_grad_(False).eval(), dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

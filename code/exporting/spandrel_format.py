@@ -109,4 +109,26 @@ def from_swinir(net: Network) -> State:
     return state
 
 
-CONVERSIONS = {"Compact": from_compact, "RCAN": lambda net: net.state_dict(), "SPAN": from_span, "SwinIR": from_swinir}
+def from_rcan(net: Network) -> State:
+    """Return the state of RCAN."""
+    if net.scale == 1:
+        raise ValueError("scale 1 cannot be stored")
+    return net.state_dict()
+
+
+def from_nafnet(net: Network) -> State:
+    """Return the state of NAFNet."""
+    if net.config["tlc_size"]:
+        raise ValueError(f"tlc_size {net.config['tlc_size']} cannot be stored, only 0")
+    return net.state_dict()
+
+
+def from_rrdb(net: Network) -> State:
+    """Return the state of RRDB."""
+    if net.config["num_grow_ch"] != 32:
+        raise ValueError(f"num_grow_ch {net.config['num_grow_ch']} cannot be stored, only 32")
+    return net.state_dict()
+
+
+CONVERSIONS = {"Compact": from_compact, "NAFNet": from_nafnet, "RCAN": from_rcan, "RRDB": from_rrdb, "SPAN": from_span,
+               "SwinIR": from_swinir}

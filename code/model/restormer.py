@@ -66,8 +66,8 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, temperat
     with torch.autocast(query.device.type, enabled=False):  # a sum of products over all positions overflows in float16
         query, key = query.float(), key.float()
         norms = [x.norm(dim=3).clamp(min=1e-12) for x in (query, key)]
-        scores = (query / norms[0][..., None]) @ key.mT / norms[1][:, :, None] * temperature
-    weights = projection.flatten(1).unflatten(1, (heads, -1)).transpose(0, 1) @ scores.softmax(-1)
+        scores = (query / norms[0][..., None]) @ key.transpose(-2, -1) / norms[1][:, :, None] * temperature
+    weights = projection.flatten(1).unflatten(1, (heads, -1)).transpose(0, 1) @ scores.softmax(-1).to(projection.dtype)
     return (weights.transpose(1, 2).flatten(2) @ value.flatten(2)).view(shape)
 
 
