@@ -50,7 +50,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
     benchmarks = make_benchmarks(args)
     for images in benchmarks:
-        if not any(pair.hr for pair in images.pairs):
+        if not images.has_hr:
             raise UserError(f"{images.name} has no HR images to compare with")
     gallery = html_page.Gallery(args.html_images, hardest) if args.html else None
     rows = []

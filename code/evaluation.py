@@ -5,7 +5,6 @@ of the log states their number. The mean is infinite only where all images are e
 """
 import logging
 import math
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from system import distributed
 from system.device import autocast
 from system.errors import UserError, writing
 from system.files import remove_stale_parts
+from system.logger import redraw_interval
 from system.memory_budget import retain_freed_memory
 
 log = logging.getLogger("sr")
@@ -53,14 +53,8 @@ class Score:
 def by_network(net: nn.Module, device: torch.device, args: Namespace,
                label: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function that upscales a uint8 H x W x 3 image with the network, as `forward_function` does."""
-    forward = forward_function(net, device, args, label)
-
-    def upscale(lr):
-        # a tiled image stays in main memory, and only its tiles are moved to the device
-        x = torch.from_numpy(np.array(lr)).permute(2, 0, 1)[None].to("cpu" if args.chop else device).float()
-        x = x * (net.rgb_range / 255) if net.rgb_range != 255 else x
-        return inference.to_image(forward(x), net.rgb_range)
-    return upscale
+    # a tiled image stays in main memory, and only its tiles are moved to the device
+    return by_function(forward_function(net, device, args, label), net.rgb_range, "cpu" if args.chop else device)
 
 
 def forward_function(net: nn.Module, device: torch.device, args: Namespace,
@@ -84,10 +78,12 @@ def forward_function(net: nn.Module, device: torch.device, args: Namespace,
     return forward
 
 
-def by_function(run: Callable[[torch.Tensor], torch.Tensor], rgb_range: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function that upscales a uint8 H x W x 3 image by `run`, which maps 1 x 3 x H x W in [0, rgb_range]."""
+def by_function(run: Callable[[torch.Tensor], torch.Tensor], rgb_range: float,
+                device: torch.device | str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that upscales a uint8 H x W x 3 image by `run`, which takes 1 x 3 x H x W in [0, rgb_range]."""
     def upscale(lr):
-        x = torch.from_numpy(np.array(lr)).permute(2, 0, 1)[None].float() * (rgb_range / 255)
+        x = degrade.to_batch(lr).to(device).float()
+        x = x * (rgb_range / 255) if rgb_range != 255 else x
         return inference.to_image(run(x), rgb_range)
     return upscale
 
@@ -123,7 +119,7 @@ def score(upscale: Callable, images: Images, writer: "Writer | None" = None,
         writer.prepare(images)
     shard = range(distributed.rank(), len(images), distributed.world_size())
     for index in tqdm(shard, f"testing {images.name}", unit="image", leave=False,
-                      mininterval=0.1 if sys.stderr.isatty() else 30):
+                      mininterval=redraw_interval()):
         stopped = int(stop())
         if stopped:
             break

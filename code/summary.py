@@ -7,7 +7,6 @@ Run from this folder. Without --time and --budget the networks are not run.
 import logging
 import math
 import statistics
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -115,6 +114,8 @@ def within_budget(args: Namespace, device: "torch.device") -> list[tuple[str, ..
     """
     from tqdm import tqdm  # noqa: PLC0415
 
+    from system.logger import redraw_interval  # noqa: PLC0415
+
     presets = {}
     for name, sizes in TEMPLATES.items():
         if "model" in sizes:
@@ -122,7 +123,7 @@ def within_budget(args: Namespace, device: "torch.device") -> list[tuple[str, ..
             if args.scale in (flags.multi_scale or [args.scale]):
                 presets.setdefault(tuple(sizes.items()), []).append((name, flags))
     found = []
-    for names in tqdm(presets.values(), "measuring presets", leave=False, mininterval=0.1 if sys.stderr.isatty() else 30):
+    for names in tqdm(presets.values(), "measuring presets", leave=False, mininterval=redraw_interval()):
         try:
             (_, net), = load(names[0][1])
         except UserError:  # a network that does not have this scale

@@ -25,6 +25,7 @@ from perceptual import PerceptualMetric
 from schedule import learning_rate, make_optimizer
 from system import distributed
 from system.errors import UserError
+from system.logger import redraw_interval
 from system.memory_budget import retain_freed_memory
 from system.signals import Interruption
 from tensorboard_log import IMAGE_SIDE, TensorBoard
@@ -291,4 +292,4 @@ def format_terms(total: float, values: dict[str, float]) -> str:
 def bar(description: str, first: int, start: int, stop: int) -> tqdm:
     """Return a progress bar over iterations first..stop that begins at `start`; it redraws rarely without a terminal."""
     return tqdm(desc=description, total=stop - first, initial=start - first, unit="it", dynamic_ncols=True, leave=False,
-                mininterval=0.5 if sys.stderr.isatty() else 30, smoothing=0.05)
+                mininterval=redraw_interval(0.5), smoothing=0.05)

@@ -27,6 +27,7 @@ from option_types import SCALES, OutputSize
 from system.device import pick_device
 from system.errors import UserError, is_out_of_memory, reason_of, writing
 from system.files import file_size, remove_stale_parts
+from system.logger import redraw_interval
 from system.memory_budget import retain_freed_memory
 
 log = logging.getLogger("sr")
@@ -243,7 +244,7 @@ def upscale_file(job: Job, upscaler: Upscaler) -> tuple[np.ndarray, bytes | None
 
 def progress_bar(items: Iterable, unit: str) -> tqdm:
     """Return the items with a progress bar on stderr."""
-    return tqdm(items, "upscaling", unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30)
+    return tqdm(items, "upscaling", unit=unit, mininterval=redraw_interval())
 
 
 # ---- raw video

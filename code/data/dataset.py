@@ -1,5 +1,4 @@
 """Pairs of LR and HR images as uint8 arrays: random crops for training, full images for tests."""
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from data.source import default_cache, find
 from option import shave_of
 from option_types import Stage, crop_stages
 from system.errors import UserError
+from system.logger import redraw_interval
 
 MIN_SIDE = 11  # pixels that SSIM needs after the borders are shaved
 
@@ -196,7 +196,7 @@ def _raise_removed():
 
 def progress(items: Iterable, description: str) -> tqdm:
     """Return `items` with a progress bar, which is rarely redrawn where stderr is no terminal."""
-    return tqdm(items, description, unit="image", leave=False, delay=1, mininterval=0.1 if sys.stderr.isatty() else 30)
+    return tqdm(items, description, unit="image", leave=False, delay=1, mininterval=redraw_interval())
 
 
 def orient(image: np.ndarray, flip_horizontal: bool, flip_vertical: bool, transpose: bool) -> np.ndarray:

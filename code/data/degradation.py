@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.degrade import downscale_batch
+from data.degrade import downscale_batch, to_array, to_batch
 from data.filters import elliptic_kernels, filter_images, motion_kernels, sinc_kernels, usm_sharpen
 from data.jpeg import compress
 from option_types import degradation_steps
@@ -112,8 +112,8 @@ class Degradation:
         image: HR if `from_hr`, else the downscaled image.
         """
         seed = zlib.crc32(name.encode())
-        batch = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        return np.ascontiguousarray(self.apply(batch, batch, [seed, seed])[0][0].permute(1, 2, 0).numpy())
+        batch = to_batch(image)
+        return to_array(self.apply(batch, batch, [seed, seed])[0])
 
     def apply(self, lr: torch.Tensor, hr: torch.Tensor, seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return LR and HR, uint8; lr is used unless `from_hr`, hr otherwise. seeds: as of `Draws`."""

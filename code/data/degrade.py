@@ -18,7 +18,7 @@ def downscale(image: np.ndarray, scale: int) -> np.ndarray:
 
     Raises ValueError for an image smaller than the scale.
     """
-    return _to_array(downscale_batch(_to_batch(image), scale))
+    return to_array(downscale_batch(to_batch(image), scale))
 
 
 def upscale(image: np.ndarray, scale: int) -> np.ndarray:
@@ -26,7 +26,7 @@ def upscale(image: np.ndarray, scale: int) -> np.ndarray:
     if scale == 1:
         return np.array(image)
     height, width = image.shape[:2]
-    return _to_array(_resize(_to_batch(image), height * scale, width * scale, MARGIN, MARGIN * scale))
+    return to_array(_resize(to_batch(image), height * scale, width * scale, MARGIN, MARGIN * scale))
 
 
 def downscale_batch(images: torch.Tensor, scale: int, rounded: bool = True) -> torch.Tensor:
@@ -48,12 +48,13 @@ def crop_to_multiple(image: np.ndarray, scale: int) -> np.ndarray:
     return image[:height - height % scale, :width - width % scale]
 
 
-def _to_batch(image):
+def to_batch(image: np.ndarray) -> torch.Tensor:
     """Copy H x W x C to 1 x C x H x W."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
-def _to_array(batch):
+def to_array(batch: torch.Tensor) -> np.ndarray:
+    """Convert 1 x C x H x W to H x W x C."""
     return np.ascontiguousarray(batch[0].permute(1, 2, 0).numpy())
 
 

@@ -74,10 +74,10 @@ def _find(name, args, train):
 
 def _missing(name, folders, train):
     looked = " and ".join(map(str, folders))
-    sample = "--data_train Sample --data_test Sample" if train else "--data_test Sample"
+    flags = "--data_train Sample --data_test Sample" if train else "--data_test Sample"
     return UserError(f"no dataset {name}: looked for {looked}; fetch the published ones with scripts/download_data.sh and "
                      f"give their folder with --dir_data, name folders of pairs with --pair_dirs, or use the images of "
-                     f"scikit-image: {sample}")
+                     f"scikit-image: {flags}")
 
 
 def sample(train: bool) -> Source:
@@ -154,9 +154,9 @@ def _match(inputs, targets, prefix, train):
     names, other_names = [name_of(file) for file in files], [name_of(file) for file in others]
     _check_names(names, files)
     _check_names(other_names, others)
-    partners = dict(zip(other_names, others))
+    partners, known = dict(zip(other_names, others)), set(names)
     for name, file in (*zip(names, files), *zip(other_names, others)):
-        if name not in partners or name not in names:
+        if name not in partners or name not in known:
             raise UserError(f"{file}: no image of that name in {targets if file.parent == inputs else inputs}; complete the "
                             "pair, or remove it")
     return [Pair(prefix + name, partners[name], file) for name, file in zip(names, files)]

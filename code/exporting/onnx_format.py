@@ -6,6 +6,7 @@ import torch
 
 from exporting.common import DTYPES, Exportable, example, quietly, require
 from model.common import Network
+from model.onnx_file import OnnxNetwork
 
 SUFFIXES = (".onnx",)
 OPSET = 17  # the first with LayerNormalization
@@ -32,8 +33,5 @@ def write(net: Network, path: Path, precision: str, metadata: dict[str, str]) ->
 
 def runner(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function that computes the file by onnxruntime, on as many threads as PyTorch uses."""
-    onnxruntime = require("onnxruntime", "onnx")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(["output"], {"input": x.contiguous().numpy()})[0])
+    net = OnnxNetwork(path, cpu=True)
+    return lambda x: torch.from_numpy(net.run(x.contiguous().numpy()))

@@ -141,9 +141,9 @@ class SwinIR(Network):
 
     upsampler: "pixelshuffle" (classical SR), "pixelshuffledirect" (lightweight SR), "nearest+conv" (real-world SR, scale 2
     or 4), or "" (denoising and JPEG artifact removal, scale 1, a global residual); by default the first, at scale 1 the
-    last. resi_connection: "1conv", or "3conv", a
-    bottleneck. in_chans: 1 (gray) or 3. img_range: maximum of the images inside the network; 255 in the released JPEG
-    networks, 1 in the others. Raises ValueError for arguments that do not fit together.
+    last. resi_connection: "1conv", or "3conv", a bottleneck. in_chans: 1 (gray) or 3. img_range: maximum of the images
+    inside the network; 255 in the released JPEG networks, 1 in the others. Raises ValueError for arguments that do not fit
+    together.
 
     A pixel depends on some hundred pixels to each side, but on which ones depends on the grid of windows: the output of a
     tile equals that of the whole image only where the tile is aligned with the grid. Hence `receptive_field` is None. The

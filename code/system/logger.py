@@ -33,6 +33,11 @@ def start_logging() -> None:
     log.addHandler(MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
 
 
+def redraw_interval(seconds: float = 0.1) -> float:
+    """Return the seconds between two drawings of a progress bar: `seconds` on a terminal, else 30, for files and logs."""
+    return seconds if sys.stderr.isatty() else 30
+
+
 def log_to(path: Path) -> None:
     """Append the log to a file as well, including the lines that `start_logging` has buffered."""
     file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
